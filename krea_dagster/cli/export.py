@@ -108,6 +108,28 @@ published, 2 invalid usage or nothing to export.
     help="Maximum megabytes of images per shard.",
 )
 @click.option(
+    "--image-format",
+    type=click.Choice(["png", "jpeg", "webp"]),
+    help="Convert the images.  [default: as they are]",
+)
+@click.option(
+    "--quality",
+    type=click.IntRange(1, 100),
+    help="Quality of JPEG and WebP files that are encoded.  [default: 95]",
+)
+@click.option(
+    "--longest-side",
+    type=click.IntRange(min=1),
+    metavar="PIXELS",
+    help="Make larger images smaller.  [default: as they are]",
+)
+@click.option(
+    "--mark/--no-mark",
+    default=True,
+    show_default=True,
+    help="Mark PNG, JPEG and WebP files as generated, in their metadata (IPTC).",
+)
+@click.option(
     "--embed-parameters",
     is_flag=True,
     help="Write prompt, seed and other parameters into PNG files.",
@@ -146,6 +168,10 @@ def export_command(
     leaks: bool,
     shard_images: int,
     shard_mb: float,
+    image_format: str | None,
+    quality: int | None,
+    longest_side: int | None,
+    mark: bool,
     embed_parameters: bool,
     sidecars: bool,
     captions: bool,
@@ -180,6 +206,10 @@ def export_command(
         shard_images=shard_images,
         shard_bytes=max(1, round(shard_mb * 1e6)),
         leaks=leaks,
+        image_format=image_format,
+        quality=quality,
+        longest_side=longest_side,
+        mark=mark,
         embed_parameters=embed_parameters,
         sidecars=sidecars,
         license=license_name,

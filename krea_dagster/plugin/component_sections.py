@@ -164,6 +164,24 @@ class ExportSettings(YamlSection):
     shard_images: int = Field(default=10_000, ge=1, description="Maximum images per shard.")
     shard_bytes: int = Field(default=500_000_000, ge=1, description="Maximum bytes per shard.")
     leaks: bool = Field(default=False, description="Keep similar images in several splits.")
+    image_format: Literal["png", "jpeg", "webp"] | None = Field(
+        default=None, description="Convert the images; by default they stay as they are."
+    )
+    quality: int | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        description="Quality of JPEG and WebP files that are encoded; 95 by default.",
+    )
+    longest_side: int | None = Field(
+        default=None,
+        ge=1,
+        description="Make larger images smaller, so that their longer side has these pixels.",
+    )
+    mark: bool = Field(
+        default=True,
+        description="Mark PNG, JPEG and WebP files as generated, in their metadata (IPTC).",
+    )
     embed_parameters: bool = Field(
         default=False, description="Write prompt, seed and so on into PNG files, as text."
     )

@@ -2,7 +2,7 @@
 
 Runs in an environment of its own that has ``datasets`` and ``webdataset`` and nothing of this
 project. ``python readers.py FORM FOLDER`` prints JSON: by split and prompt_id the sha256 of the
-image's bytes and its pixels' size, and all columns.
+image's bytes and of its pixels, its size, its source type by IPTC, and all columns.
 """
 
 from __future__ import annotations
@@ -96,9 +96,16 @@ def by_csv(folder: Path) -> Found:
 
 
 def described(data: bytes, row: dict[str, Any]) -> dict[str, Any]:
+    import pyexiv2  # type: ignore[import-not-found,unused-ignore] # noqa: PLC0415 - of the other environment
+
     with Pillow.open(io.BytesIO(data)) as image:
         pixels = hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+        size = image.size
+    with pyexiv2.ImageData(data) as file:
+        source_type = file.read_xmp().get("Xmp.iptcExt.DigitalSourceType")
     return {
+        "size": size,
+        "source_type": source_type,
         "sha256": hashlib.sha256(data).hexdigest(),
         "pixels": pixels,
         "columns": {name: plain(value) for name, value in row.items()},

@@ -21,8 +21,15 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 UV = ROOT / ".uv" / "bin" / "uv"
-PACKAGES = ("datasets==5.2.0", "webdataset==1.0.2", "pillow")
+PACKAGES = ("datasets==5.2.0", "webdataset==1.0.2", "pillow", "pyexiv2==2.16.0")
 IMAGES = 200
+
+#: What is done to the files.
+EDITS: dict[str, dict[str, Any]] = {
+    "as received": {"mark": False},
+    "marked, with parameters": {"embed_parameters": True},
+    "converted": {"image_format": "webp", "longest_side": 16},
+}
 
 sys.path.insert(0, str(ROOT))
 
@@ -50,20 +57,20 @@ def main() -> int:
         rows = project.rows(IMAGES)
         more = [*rows, *project.rows(IMAGES // 10, IMAGES)]
         for form in FORMS:
-            for embed in (False, True):
-                to = home / "out" / f"{form}-{embed}"
+            for edits in EDITS:
+                to = home / "out" / f"{form}-{edits}"
                 project.write_accepted(rows)
-                first = read(python, home, form, publish(project, form, to, embed=embed))
+                first = read(python, home, form, publish(project, form, to, edits))
                 for reader, found in first.items():
-                    compare(reader, found, rows, embed=embed)
+                    compare(reader, found, rows, edits)
                 project.write_accepted(more)
-                second = read(python, home, form, publish(project, form, to, embed=embed))
+                second = read(python, home, form, publish(project, form, to, edits))
                 for reader, found in second.items():
-                    compare(reader, found, more, embed=embed)
+                    compare(reader, found, more, edits)
                     before, after = splits_of(first[reader]), splits_of(found)
                     assert before == {name: after[name] for name in before}, "rows have moved"
                     sizes = {split: len(images) for split, images in found.items()}
-                    print(f"{reader}, parameters in the files: {embed}; {sizes}: as written")
+                    print(f"{reader}, files {edits}; {sizes}: as written")
         every_kind(python, home)
         two_versions(python, home)
     return 0
@@ -124,12 +131,12 @@ def split_by_prompt(folder: Path) -> dict[str, str]:
     return dict(zip(*(column.to_pylist() for column in index.columns), strict=True))
 
 
-def publish(project: ExportProject, form: Any, to: Path, *, embed: bool) -> Path:
+def publish(project: ExportProject, form: Any, to: Path, edits: str) -> Path:
     spec = ExportSpec.parse(
         splits=["train=0.8", "test=0.2"],
         form=form,
         shard_images=50,
-        embed_parameters=embed,
+        **EDITS[edits],
     )
     return Path(export(project.storage, spec, str(to)).path)
 
@@ -156,19 +163,24 @@ def read(python: Path, home: Path, reader: str, folder: Path) -> dict[str, Any]:
     return {reader: json.loads(ran.stdout.splitlines()[-1])}
 
 
-def compare(reader: str, found: dict[str, Any], rows: list[dict[str, Any]], *, embed: bool) -> None:
+def compare(reader: str, found: dict[str, Any], rows: list[dict[str, Any]], edits: str) -> None:
     images = {name: image for split in found.values() for name, image in split.items()}
     assert set(images) == {row["prompt_id"] for row in rows}, reader
     assert sum(map(len, found.values())) == len(rows), reader
     for row in rows:
         image, columns = images[row["prompt_id"]], images[row["prompt_id"]]["columns"]
-        has_text = embed and row["image_format"] == "PNG"
-        if not has_text:
+        if edits == "as received":
             assert image["sha256"] == row["image_sha256"], (reader, row["prompt_id"])
+            assert image["source_type"] is None
         else:
             assert image["sha256"] == columns["exported_sha256"] != row["image_sha256"]
-        assert image["pixels"] == pixels_of(row), (reader, row["prompt_id"])
+            assert image["source_type"].endswith("/trainedAlgorithmicMedia"), image
         expected = {name: value for name, value in row.items() if name not in LEFT_OUT}
+        if edits == "converted":
+            assert image["size"] == [16, 16]
+            expected |= {"width": 16, "height": 16, "image_format": "WEBP"}
+        else:
+            assert image["pixels"] == pixels_of(row), (reader, row["prompt_id"])
         for name, value in expected.items():
             wanted, got = plain(value), columns[name]
             if reader == "csv":

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from krea_dagster import redact
 from krea_dagster.curation.export.features import card_entries
 from krea_dagster.curation.export.image_content import written_schema
+from krea_dagster.curation.export.image_edits import EMULATOR, ImageEdits
 from krea_dagster.curation.export.plan import ExportPlan
 from krea_dagster.curation.export.selected_rows import SelectedRows
 from krea_dagster.curation.export.spec import ExportSpec
@@ -52,20 +53,19 @@ _VERDICTS: Final = {
     "": "were not seen by a person",
 }
 
-#: The origin of images that no model has made, as the journal has it.
-EMULATOR: Final = "an emulator"
-
 
 @dataclass(frozen=True)
 class DatasetFacts:
     """Facts about the images of an export. ``splits`` are numbers of images by name, in order.
 
-    ``columns`` are those of the rows, and ``with_nulls`` names those that have a null. ``origin``
-    is a host, "an emulator", or empty where it is not known. ``verdicts`` counts the images by
-    verdict, "" for none; None where the rows do not tell it.
+    ``columns`` are those of the rows, ``edits`` what was changed in files, and ``with_nulls`` names
+    the columns that have a null. ``origin`` is a host, "an emulator", or empty where it is not
+    known. ``verdicts`` counts the images by verdict, "" for none; None where the rows do not tell
+    it.
     """
 
     columns: pa.Schema
+    edits: ImageEdits
     with_nulls: frozenset[str]
     origin: str
     verdicts: Mapping[str, int] | None
@@ -100,7 +100,8 @@ def facts_of(
     seeds = pc.min_max(table["seed"])
     times = pc.min_max(table["stored_at"])
     return DatasetFacts(
-        columns=written_schema(rows.schema, embed=spec.embed_parameters),
+        columns=written_schema(rows.schema, rows.edits),
+        edits=rows.edits,
         with_nulls=rows.with_nulls,
         origin=origin,
         verdicts=None if judged is None else _counts(judged.fill_null("")),
@@ -114,7 +115,7 @@ def facts_of(
         models=sorted(_counts(table["model"])),
         sizes=_counts(table["size"]),
         qualities=_counts(table["quality"]),
-        formats=_counts(table["image_format"]),
+        formats=rows.edits.formats(_counts(table["image_format"])),
         seeds=None
         if seeds["min"].as_py() is None
         else (
@@ -129,7 +130,7 @@ def facts_of(
         purchases=len(paid),
         credits=round(float(pc.sum(charged).as_py() or 0), 4),
         unpriced=charged.null_count,
-        made_by={name: _version(name) for name in ("krea-dagster", "pyarrow")},
+        made_by={name: _version(name) for name in _made_by(rows.edits)},
     )
 
 
@@ -227,7 +228,7 @@ def _body(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan, title: str) -
         _model(facts),
         f"- Sizes: {_shares(facts.sizes)}",
         f"- Qualities: {_shares(facts.qualities)}",
-        f"- Files: {_shares(facts.formats)}, {facts.bytes} bytes, as received",
+        *_about_files(facts),
     ]
     if facts.seeds is not None:
         least, most, distinct = facts.seeds
@@ -242,12 +243,6 @@ def _body(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan, title: str) -
     if spec.filters:
         texts = list(map(str, spec.filters))
         lines.append(f"- Only rows where {_plain('; '.join(texts))}")
-    if spec.embed_parameters:
-        lines.append(
-            "- The PNG files contain the generation's parameters in the text chunk `parameters`; "
-            "the pixels are as received. `image_sha256` is of the received file, `exported_sha256` "
-            "of the one here"
-        )
     lines += [
         "",
         "## What they cost",
@@ -277,6 +272,37 @@ def _model(facts: DatasetFacts) -> str:
         )
     host = f" ({_plain(facts.origin)})" if facts.origin else ""
     return f"- Model: {_list(facts.models)}, through EvoLink's API{host}"
+
+
+def _about_files(facts: DatasetFacts) -> list[str]:
+    """Say what was changed in the files."""
+    edits = facts.edits
+    lines = [f"- Files: {_shares(facts.formats)}, {facts.bytes} bytes, as received"]
+    if edits.converts:
+        lines = [f"- Files: {_shares(facts.formats)}, from {facts.bytes} bytes as received"]
+    if edits.longest_side is not None:
+        lines.append(
+            f"- Larger images were made smaller: their longer side has {edits.longest_side} pixels"
+        )
+    if edits.converts:
+        lines.append(f"- JPEG and WebP files that were encoded have the quality {edits.quality}")
+    if edits.source_type is not None:
+        term = edits.source_type.rpartition("/")[2]
+        lines.append(
+            f"- PNG, JPEG and WebP files say that they were generated: their XMP has the IPTC "
+            f"property `DigitalSourceType` with the value `{term}`"
+        )
+    if edits.parameters:
+        lines.append(
+            "- The PNG files contain the generation's parameters in the text chunk `parameters`"
+        )
+    if edits.changes_files:
+        pixels = "" if edits.converts else "The pixels are as received. "
+        lines.append(
+            f"- {pixels}`image_sha256` and `image_bytes` are of the received file, "
+            "`exported_sha256` and `exported_bytes` of the one here"
+        )
+    return lines
 
 
 def _about_verdicts(facts: DatasetFacts, spec: ExportSpec) -> list[str]:
@@ -350,6 +376,10 @@ def _line(text: str) -> str:
 def _plain(text: str) -> str:
     """Escape a text for Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>#|!])", r"\\\1", _line(text))
+
+
+def _made_by(edits: ImageEdits) -> list[str]:
+    return ["krea-dagster", "pyarrow", *(["pillow"] if edits.converts else [])]
 
 
 def _version(name: str) -> str:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from krea_dagster import redact
 from krea_dagster.curation.export.card import DatasetFacts, facts_of, write_card
+from krea_dagster.curation.export.known_files import KnownFiles
 from krea_dagster.curation.export.plan import make_plan, shard_layout
 from krea_dagster.curation.export.selected_rows import SelectedRows, select_rows
 from krea_dagster.curation.export.shards import ExportProgress, PreviousVersion, ShardBuilder
@@ -102,16 +103,15 @@ def export(
     where no image is selected, or one was refused, ImagesNotAsStored where files are missing or
     changed, and StorageError where the target cannot be written; then nothing was published.
     """
-    with _storage_errors(to), select_rows(storage, spec, folders) as rows:
+    with _storage_errors(to), select_rows(storage, spec, folders, origin) as rows:
         target = ExportTarget(to, storage.options_for(to))
         latest = None if fresh else target.latest()
         previous = target.described(latest) if latest else None
-        index = None
-        if latest and previous and previous.get("layout") == shard_layout(spec):
-            index = target.index(latest)
+        index = target.index(latest) if latest and previous else None
+        same_layout = previous is not None and previous.get("layout") == shard_layout(spec)
         similar = read_near_duplicates(storage, folders, ["image_sha256", "cluster"])
         _check_verdicts(rows, refused)
-        plan = make_plan(rows, spec, similar, index)
+        plan = make_plan(rows, spec, similar, index if same_layout else None)
         facts = facts_of(rows, plan, spec, origin)
         version = plan.version(write_card(facts, spec, plan, version=""))
         card = write_card(facts, spec, plan, version=version)
@@ -121,7 +121,8 @@ def export(
             rows,
             spec,
             version,
-            PreviousVersion.read(latest, previous, target),
+            PreviousVersion.of(latest, previous, index),
+            KnownFiles(target, version),
             on_progress,
         )
         shards = builder.run(plan, threads)

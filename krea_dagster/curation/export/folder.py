@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from krea_dagster.curation.export.image_content import (
     CorruptShard,
+    ExportedFile,
     ExportedImage,
     ImageEntry,
     ShardContent,
@@ -47,27 +48,29 @@ def write_folder(
     """Write the images of a shard, and the files next to them."""
     for image in images:
         target.put(f"{folder}/{image.item.file}", image.data)
-        for ending, data in _next_to(content, image.item, image.sha256, spec):
+        for ending, data in _next_to(content, image.item, image.file, spec):
             target.put(f"{folder}/{image.item.key}.{ending}", data)
 
 
 def check_folder(
-    target: ExportTarget, folder: str, content: ShardContent, spec: ExportSpec
-) -> list[str]:
-    """Verify the images of a shard; return the sha256 of each. Raises CorruptShard."""
-    found = []
-    for item in content.items:
-        sha256 = check_image(item, _read(target, f"{folder}/{item.file}"))
-        for ending, data in _next_to(content, item, sha256, spec):
+    target: ExportTarget,
+    folder: str,
+    content: ShardContent,
+    files: Sequence[ExportedFile],
+    spec: ExportSpec,
+) -> None:
+    """Verify the images of a shard, whose files are ``files``. Raises CorruptShard."""
+    for item, known in zip(content.items, files, strict=True):
+        check_image(item, _read(target, f"{folder}/{item.file}"), known)
+        for ending, data in _next_to(content, item, known, spec):
             if _read(target, f"{folder}/{item.key}.{ending}") != data:
                 raise CorruptShard(f"{folder}/{item.key}.{ending} has other values")
-        found.append(sha256)
-    return found
 
 
-def images_sha256(content: ShardContent, shas: Iterable[str]) -> str:
+def images_sha256(content: ShardContent, files: Iterable[ExportedFile]) -> str:
     """Return a hash of a shard's file names and their sha256."""
-    lines = (f"{item.file} {sha}\n" for item, sha in zip(content.items, shas, strict=True))
+    pairs = zip(content.items, files, strict=True)
+    lines = (f"{item.file} {file.sha256}\n" for item, file in pairs)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -145,11 +148,11 @@ def next_to_endings(spec: ExportSpec) -> list[str]:
 
 
 def _next_to(
-    content: ShardContent, item: ImageEntry, sha256: str, spec: ExportSpec
+    content: ShardContent, item: ImageEntry, file: ExportedFile, spec: ExportSpec
 ) -> Iterator[tuple[str, bytes]]:
     """Yield the ending and the content of each file next to an image."""
     if spec.sidecars:
-        yield "json", f"{to_json(content.ready(item, sha256))}\n".encode()
+        yield "json", f"{to_json(content.ready(item, file))}\n".encode()
     if spec.captions:
         # Trainers take the whole text for the caption.
         yield "txt", (content.facts["prompt"][item.place].as_py() or "").encode()

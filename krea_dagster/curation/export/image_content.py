@@ -1,27 +1,36 @@
 """The images of a shard: read from storage, verified against the manifest, prepared for writing.
 
-A file whose sha256 differs from the manifest's is not exported. Optionally the generation's
-parameters are written into PNG files, as a text chunk after the header: the pixels stay the same,
-and removing the chunk restores the original file.
+A file whose sha256 differs from the manifest's is not exported.
 """
 
 from __future__ import annotations
 
 import hashlib
-import struct
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import pyarrow as pa
 
+from krea_dagster.curation.export.image_edits import ImageEdits
 from krea_dagster.curation.export.json_rows import records, to_json
 from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.engine.storage.verify import DECODE_ERRORS
 from krea_dagster.errors import KreaError
 
-#: The columns in the text chunk.
+#: The columns of a file that an export has changed; ``image_sha256`` is of the stored one.
+_ADDED: Final = (
+    pa.field("exported_sha256", pa.string()),
+    pa.field("exported_bytes", pa.int64()),
+)
+#: Names that the columns of a changed file have.
+ADDED_NAMES: Final = tuple(one.name for one in _ADDED)
+
+#: Calls a function with each item, and yields the results in order.
+InOrder: TypeAlias = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+
+#: The columns of the parameters.
 _PARAMETERS: Final = (
     "prompt",
     "model",
@@ -33,12 +42,6 @@ _PARAMETERS: Final = (
     "request_key",
     "image_sha256",
 )
-
-#: The chunk's keyword, which image viewers look for.
-_KEYWORD: Final = b"parameters"
-_PNG: Final = b"\x89PNG\r\n\x1a\n"
-#: Where a PNG's header chunk ends: 8 bytes of signature, 25 of IHDR.
-_HEADER: Final = 33
 
 _NAMED: Final = 20
 
@@ -98,13 +101,25 @@ class ImageEntry:
     parameters: str | None
 
 
+class ExportedFile(NamedTuple):
+    """What is known of an exported file."""
+
+    sha256: str
+    bytes: int
+
+
 @dataclass(frozen=True)
 class ExportedImage:
-    """An image file to write, and its hash, which embedded parameters change."""
+    """An image file to write."""
 
     item: ImageEntry
     data: bytes
-    sha256: str
+    file: ExportedFile
+
+    @classmethod
+    def of(cls, item: ImageEntry, data: bytes) -> ExportedImage:
+        """Return an image, with the hash of its file."""
+        return cls(item, data, ExportedFile(hashlib.sha256(data).hexdigest(), len(data)))
 
 
 @dataclass(frozen=True)
@@ -114,7 +129,7 @@ class ShardContent:
     table: pa.Table
     facts: pa.Table
     keys: Sequence[str]
-    embed: bool
+    edits: ImageEdits
 
     @cached_property
     def items(self) -> list[ImageEntry]:
@@ -123,10 +138,10 @@ class ShardContent:
         made = []
         for place, (key, record) in enumerate(zip(self.keys, records(self.table), strict=True)):
             location = facts["image_path"][place]
-            ending = ending_of(location)
+            ending = self.edits.ending(ending_of(location))
             parameters = (
                 to_json({name: facts[name][place] for name in _PARAMETERS})
-                if self.embed and ending == "png"
+                if self.edits.parameters and ending == "png"
                 else None
             )
             made.append(
@@ -142,9 +157,11 @@ class ShardContent:
             )
         return made
 
-    def ready(self, item: ImageEntry, exported: str) -> dict[str, Any]:
+    def ready(self, item: ImageEntry, file: ExportedFile) -> dict[str, Any]:
         """Return a row's record to write."""
-        return {**item.record, "exported_sha256": exported} if self.embed else item.record
+        if not self.edits.changes_files:
+            return item.record
+        return {**item.record, "exported_sha256": file.sha256, "exported_bytes": file.bytes}
 
 
 def ending_of(location: str) -> str:
@@ -157,83 +174,82 @@ FACTS: Final = tuple(dict.fromkeys(["image_path", *_PARAMETERS]))
 
 
 def read_images(
-    content: ShardContent, storage: Storage, bad: Callable[[BadImage], object]
+    content: ShardContent,
+    storage: Storage,
+    bad: Callable[[BadImage], object],
+    in_order: InOrder = map,
 ) -> Iterator[ExportedImage]:
-    """Yield the images of a shard; bad ones are reported and left out."""
-    facts = content.facts
-    for item in content.items:
-        try:
-            with storage.open(storage.name_of(item.location)) as file:
-                data = file.read()
-        except OSError as error:
-            missing = isinstance(error, FileNotFoundError)
-            why = "is missing" if missing else f"cannot be read: {error}"
+    """Yield the images of a shard, edited; bad ones are reported and left out.
+
+    ``in_order`` calls a function with each item, and yields the results in the order of the items.
+    """
+    for found in in_order(lambda item: _edited(content, item, storage), content.items):
+        if isinstance(found, BadImage):
+            bad(found)
         else:
-            sha256 = hashlib.sha256(data).hexdigest()
-            if sha256 == item.sha256:
-                yield _exported(item, data)
-                continue
-            why = f"has the sha256 {sha256} instead of {item.sha256}"
-        bad(
-            BadImage(
-                facts["prompt_id"][item.place].as_py(),
-                facts["sample"][item.place].as_py(),
-                item.location,
-                why,
-            )
-        )
+            yield found
 
 
-def check_image(item: ImageEntry, data: bytes) -> str:
-    """Return the sha256 of an exported image. Raises CorruptShard where it is another image."""
+def check_stored(
+    content: ShardContent, storage: Storage, bad: Callable[[BadImage], object]
+) -> None:
+    """Read the images of a shard, and report bad ones."""
+    for item in content.items:
+        if isinstance(found := _read(content, item, storage), BadImage):
+            bad(found)
+
+
+def _edited(content: ShardContent, item: ImageEntry, storage: Storage) -> ExportedImage | BadImage:
+    data = _read(content, item, storage)
+    if isinstance(data, BadImage):
+        return data
+    if not content.edits.changes_files:
+        return ExportedImage(item, data, ExportedFile(item.sha256, len(data)))
+    try:
+        return ExportedImage.of(item, content.edits.apply(data, item.parameters))
+    except DECODE_ERRORS as error:
+        return _bad(content, item, f"cannot be converted: {error}")
+
+
+def _read(content: ShardContent, item: ImageEntry, storage: Storage) -> bytes | BadImage:
+    """Return the file of an image, as the manifest has it."""
+    try:
+        with storage.open(storage.name_of(item.location)) as file:
+            data: bytes = file.read()
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        return _bad(content, item, "is missing" if missing else f"cannot be read: {error}")
     sha256 = hashlib.sha256(data).hexdigest()
-    original = sha256
-    if item.parameters is not None:
-        plain, text = without_parameters(data)
-        original = hashlib.sha256(plain).hexdigest()
-        if text != item.parameters:
-            raise CorruptShard(f"{item.file} has other embedded parameters")
-    if original != item.sha256:
-        raise CorruptShard(f"{item.file} has the sha256 {original} instead of {item.sha256}")
-    return sha256
+    if sha256 != item.sha256:
+        return _bad(content, item, f"has the sha256 {sha256} instead of {item.sha256}")
+    return data
 
 
-def _exported(item: ImageEntry, data: bytes) -> ExportedImage:
-    if item.parameters is None:
-        return ExportedImage(item, data, item.sha256)
-    made = with_parameters(data, item.parameters)
-    return ExportedImage(item, made, hashlib.sha256(made).hexdigest())
+def _bad(content: ShardContent, item: ImageEntry, why: str) -> BadImage:
+    prompt_id, sample = (content.facts[name][item.place] for name in ("prompt_id", "sample"))
+    return BadImage(prompt_id.as_py(), sample.as_py(), item.location, why)
 
 
-def with_parameters(data: bytes, text: str) -> bytes:
-    """Return a PNG file with a text chunk after its header."""
-    body = _KEYWORD + b"\0\0\0\0\0" + text.encode()
-    chunk = struct.pack(">I", len(body)) + b"iTXt" + body
-    return data[:_HEADER] + chunk + struct.pack(">I", zlib.crc32(chunk[4:])) + data[_HEADER:]
+def check_image(item: ImageEntry, data: bytes, file: ExportedFile) -> None:
+    """Raise CorruptShard if an exported image is another file."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != file.sha256:
+        raise CorruptShard(f"{item.file} has the sha256 {sha256} instead of {file.sha256}")
 
 
-def without_parameters(data: bytes) -> tuple[bytes, str | None]:
-    """Undo ``with_parameters``: return the original file and the text, None where it has none."""
-    if not data.startswith(_PNG) or data[_HEADER + 4 : _HEADER + 8] != b"iTXt":
-        return data, None
-    (length,) = struct.unpack_from(">I", data, _HEADER)
-    body = data[_HEADER + 8 : _HEADER + 8 + length]
-    begin = _KEYWORD + b"\0\0\0\0\0"
-    if not body.startswith(begin):
-        return data, None
-    end = _HEADER + 12 + length
-    return data[:_HEADER] + data[end:], body[len(begin) :].decode("utf-8", "replace")
-
-
-def written_schema(exported: pa.Schema, *, embed: bool) -> pa.Schema:
-    """Return the columns of the rows: those that are exported, and the hash of a changed file."""
-    added = [pa.field("exported_sha256", pa.string())] if embed else []
+def written_schema(exported: pa.Schema, edits: ImageEdits) -> pa.Schema:
+    """Return the columns of the rows: those that are exported, and those of a changed file."""
+    added = _ADDED if edits.changes_files else ()
     return pa.schema([pa.field(one.name, one.type) for one in (*exported, *added)])
 
 
-def written_columns(content: ShardContent, places: Sequence[int], shas: Sequence[str]) -> pa.Table:
+def written_columns(
+    content: ShardContent, places: Sequence[int], files: Sequence[ExportedFile]
+) -> pa.Table:
     """Return these rows of a shard in the columns of ``written_schema``."""
     table = content.table.take(pa.array(list(places), pa.int64()))
-    if not content.embed:
+    if not content.edits.changes_files:
         return table
-    return table.append_column("exported_sha256", pa.array(shas, pa.string()))
+    for column, values in zip(_ADDED, zip(*files, strict=True), strict=True):
+        table = table.append_column(column, pa.array(values, column.type))
+    return table

@@ -6,7 +6,7 @@ The column ``image`` is a struct of the file's bytes and name, and the schema ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from krea_dagster.curation.export.features import IMAGE, parquet_metadata
 from krea_dagster.curation.export.image_content import (
     CorruptShard,
+    ExportedFile,
     ExportedImage,
     ShardContent,
     check_image,
@@ -57,9 +58,9 @@ def write_parquet(path: Path, content: ShardContent, images: Iterator[ExportedIm
             writer.write_table(_group(content, group, schema))
 
 
-def check_parquet(path: Path, content: ShardContent) -> list[str]:
-    """Verify a shard; return the sha256 of each image in it. Raises CorruptShard."""
-    found: list[str] = []
+def check_parquet(path: Path, content: ShardContent, files: Sequence[ExportedFile]) -> None:
+    """Verify a shard, whose image files are ``files``. Raises CorruptShard."""
+    found = 0
     schema = shard_schema(content)
     others = schema.names[1:]
     try:
@@ -70,25 +71,24 @@ def check_parquet(path: Path, content: ShardContent) -> list[str]:
                 raise CorruptShard(f"{path.name} has {file.metadata.num_rows} rows")
             for number in range(file.num_row_groups):
                 group = file.read_row_group(number)
-                items = content.items[len(found) : len(found) + len(group)]
-                shas: list[str] = []
-                for item, image in zip(items, group["image"], strict=True):
+                part = slice(found, found + len(group))
+                items = content.items[part]
+                for item, image, known in zip(items, group["image"], files[part], strict=True):
                     value = image.as_py()
                     if value["path"] != item.file:
                         raise CorruptShard(f"{path.name}: {item.file} is missing or misplaced")
-                    shas.append(check_image(item, value["bytes"]))
-                expected = written_columns(content, [item.place for item in items], shas)
+                    check_image(item, value["bytes"], known)
+                expected = written_columns(content, [one.place for one in items], files[part])
                 if not _same(group.select(others), expected):
                     raise CorruptShard(f"{path.name} has other values")
-                found += shas
+                found += len(group)
     except (pa.ArrowException, OSError) as error:
         raise CorruptShard(f"{path.name} cannot be read: {error}") from None
-    return found
 
 
 def shard_schema(content: ShardContent) -> pa.Schema:
     """Return the columns of a shard, with the metadata of ``datasets``."""
-    rows = written_schema(content.table.schema, embed=content.embed)
+    rows = written_schema(content.table.schema, content.edits)
     schema = pa.schema([pa.field(IMAGE, _IMAGE), *rows])
     return schema.with_metadata(parquet_metadata(schema))
 
@@ -106,7 +106,7 @@ def _group(content: ShardContent, group: list[ExportedImage], schema: pa.Schema)
         [{"bytes": one.data, "path": one.item.file} for one in group], schema.field("image").type
     )
     places = [one.item.place for one in group]
-    others = written_columns(content, places, [one.sha256 for one in group])
+    others = written_columns(content, places, [one.file for one in group])
     return pa.Table.from_arrays([images, *others.columns], schema=schema)
 
 

@@ -27,7 +27,7 @@ from krea_dagster.curation.export.splits import leaking, split_numbers
 from krea_dagster.curation.export.target import FORMAT_VERSION
 
 #: Increased when the same rows would be written as other bytes.
-_WRITER: Final = 2
+_WRITER: Final = 3
 
 _ENDINGS: Final = {"webdataset": ".tar", "parquet": ".parquet"}
 
@@ -123,7 +123,7 @@ def make_plan(
     counts = Counter(spec.splits[number].name for number in splits[dropped].tolist())
     paths = rows.column("image_path")
     names = pc.unique(pc.replace_substring_regex(paths, r"^.*\.", ""))
-    endings = {ending_of(f".{name}") for name in names.to_pylist()}
+    endings = {rows.edits.ending(ending_of(f".{name}")) for name in names.to_pylist()}
     return ExportPlan(tuple(shards), dict(counts), similar is not None, tuple(sorted(endings)))
 
 
@@ -144,21 +144,19 @@ def shard_layout(spec: ExportSpec) -> dict[str, Any]:
     }
 
 
-def content_of(rows: SelectedRows, spec: ExportSpec, shard: Shard) -> ShardContent:
+def content_of(rows: SelectedRows, shard: Shard) -> ShardContent:
     """Return the rows of a shard."""
     needed = list(dict.fromkeys([*rows.columns, *FACTS]))
     table = rows.take(shard.rows, needed)
     keys = [key.decode() for key in rows.keys[shard.rows].tolist()]
-    return ShardContent(
-        rows.exported(table), table.select(FACTS), keys, embed=spec.embed_parameters
-    )
+    return ShardContent(rows.exported(table), table.select(FACTS), keys, rows.edits)
 
 
 def _fingerprint(rows: SelectedRows, spec: ExportSpec, members: Numbers) -> str:
     form = [
         _WRITER,
         spec.form,
-        spec.embed_parameters,
+        rows.edits.settings(),
         spec.sidecars,
         spec.captions,
         str(rows.schema),

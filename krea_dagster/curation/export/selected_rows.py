@@ -22,6 +22,8 @@ import pyarrow.compute as pc
 
 from krea_dagster.curation.column_filter import ColumnFilter, matching
 from krea_dagster.curation.export.exported_types import ExportedTypes
+from krea_dagster.curation.export.image_content import ADDED_NAMES
+from krea_dagster.curation.export.image_edits import ImageEdits
 from krea_dagster.curation.export.json_rows import records, to_json
 from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.curation.export.table_batches import PartitionTable
@@ -69,9 +71,10 @@ class SelectedRows:
     """The selected rows, sorted by their keys.
 
     ``keys`` are 24 hexadecimal digits, from the request, the prompt_id and the sample: the
-    permanent name of an image in exports. ``digests`` are the sha256 of all that is written for a
-    row. ``sizes`` are the bytes of the images. ``with_nulls`` are the exported columns that have a
-    null. ``left_by_filter`` and ``repeated`` count rows that were read and left out.
+    permanent name of an image in exports. ``edits`` is what happens to their files. ``digests`` are
+    the sha256 of all that is written for a row. ``sizes`` are the bytes of the images.
+    ``with_nulls`` are the exported columns that have a null. ``left_by_filter`` and ``repeated``
+    count rows that were read and left out.
     """
 
     def __init__(
@@ -79,11 +82,13 @@ class SelectedRows:
         file: _RowFile,
         columns: Sequence[str],
         exported: Sequence[str],
+        edits: ImageEdits,
         left_by_filter: int,
     ) -> None:
         self._file = file
         self.columns = tuple(columns)
         self._exported = tuple(exported)
+        self.edits = edits
         self.left_by_filter = left_by_filter
         keys: list[bytes] = []
         digests: list[bytes] = []
@@ -122,7 +127,8 @@ class SelectedRows:
 
     def exported(self, table: pa.Table) -> pa.Table:
         """Return the exported columns of some rows, under their exported names."""
-        return table.select(self.columns).rename_columns(list(self._exported))
+        table = self.edits.described(table.select(self.columns))
+        return table.rename_columns(list(self._exported))
 
     def take(self, rows: Numbers, columns: Sequence[str] | None = None) -> pa.Table:
         """Return these rows in this order, with all columns or some."""
@@ -135,9 +141,11 @@ class SelectedRows:
 
 @contextmanager
 def select_rows(
-    storage: Storage, spec: ExportSpec, folders: Sequence[str] = ()
+    storage: Storage, spec: ExportSpec, folders: Sequence[str] = (), origin: str = ""
 ) -> Iterator[SelectedRows]:
     """Yield the selected rows of an export, whose temporary file exists until the end.
+
+    ``origin`` is where the images come from.
 
     Raises ConfigError where there are none, for a partition without a file, and for columns that
     are in no file or have a reserved name.
@@ -162,7 +170,8 @@ def select_rows(
     for name in [*columns, *_NEEDED, *(one.column for one in filters)]:
         if name not in known:
             raise no_column(name, known)
-    exported = _exported_names(spec, columns)
+    edits = ImageEdits.of(spec, origin)
+    exported = _exported_names(spec, columns, edits)
     wanted = dict.fromkeys([*columns, *_NEEDED, *(name for name in _USED if name in known)])
     kept = pa.schema([(name, types.type_of(schema.field(name).type)) for name in wanted])
     filtered = [one.column for one in filters]
@@ -176,16 +185,16 @@ def select_rows(
                     mask = pc.and_(mask, pc.is_in(batch.column("prompt_id"), value_set=chosen))
                 left += batch.num_rows - int(pc.sum(mask).as_py() or 0)
                 file.write(batch.filter(mask))
-        rows = SelectedRows(file, columns, exported, left)
+        rows = SelectedRows(file, columns, exported, edits, left)
         if not len(rows):
             raise ConfigError(_no_rows(storage, spec, left))
         yield rows
 
 
-def _exported_names(spec: ExportSpec, columns: Sequence[str]) -> list[str]:
+def _exported_names(spec: ExportSpec, columns: Sequence[str], edits: ImageEdits) -> list[str]:
     """Return the name of each column in the export. Raises ConfigError."""
     names = [spec.names.get(name, name) for name in columns]
-    reserved = [*_RESERVED[spec.form], *(["exported_sha256"] if spec.embed_parameters else [])]
+    reserved = [*_RESERVED[spec.form], *(ADDED_NAMES if edits.changes_files else ())]
     if taken := [name for name in names if name in reserved]:
         raise ConfigError(
             f"the column {taken[0]!r} would be exported, a name that is reserved in {spec.form}; "

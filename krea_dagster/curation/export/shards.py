@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+
+import pyarrow as pa
 
 from krea_dagster.curation.export.folder import (
     check_folder,
@@ -18,16 +20,22 @@ from krea_dagster.curation.export.folder import (
 from krea_dagster.curation.export.image_content import (
     BadImage,
     CorruptShard,
+    ExportedFile,
+    ExportedImage,
     ImagesNotAsStored,
+    InOrder,
     ShardContent,
+    check_stored,
     read_images,
 )
+from krea_dagster.curation.export.known_files import IndexedFiles, KnownFiles
 from krea_dagster.curation.export.parquet import check_parquet, write_parquet
 from krea_dagster.curation.export.plan import ExportPlan, Shard, content_of
 from krea_dagster.curation.export.selected_rows import SelectedRows
 from krea_dagster.curation.export.spec import ONE_FILE, ExportSpec
 from krea_dagster.curation.export.tar import check_tar, write_tar
 from krea_dagster.curation.export.target import ExportTarget, crc32_of
+from krea_dagster.curation.in_order import in_order
 from krea_dagster.engine.storage.storage import Storage
 
 _WRITE: Final = {"webdataset": write_tar, "parquet": write_parquet}
@@ -47,7 +55,7 @@ class ExportProgress:
 
 @dataclass(frozen=True)
 class FinishedShard:
-    """A verified shard. ``how`` is ``found``, ``linked`` or ``written``; ``shas`` are its images'.
+    """A verified shard with its image ``files``. ``how`` is ``found``, ``linked`` or ``written``.
 
     ``crc32`` is of the shard's file, None where it is a folder.
     """
@@ -57,32 +65,26 @@ class FinishedShard:
     bytes: int
     crc32: str | None
     images_sha256: str
-    shas: Sequence[str]
+    files: Sequence[ExportedFile]
 
 
 @dataclass(frozen=True)
 class PreviousVersion:
-    """The previous version: its shards by fingerprint, and the hashes of its images by key."""
+    """The previous version: its shards by fingerprint, and its image files."""
 
     version: str
     shards: Mapping[str, Mapping[str, Any]]
-    exported: Mapping[str, str]
+    files: IndexedFiles
 
     @classmethod
-    def read(
-        cls, version: str | None, described: Mapping[str, Any] | None, target: ExportTarget
+    def of(
+        cls, version: str | None, described: Mapping[str, Any] | None, index: pa.Table | None
     ) -> PreviousVersion | None:
-        """Read a version; None where there is no complete one."""
+        """Return a version that is described so; None where there is no complete one."""
         if version is None or described is None:
             return None
-        # Hashes differ from the manifest's only where parameters are embedded.
-        exported: dict[str, str] = {}
-        if described.get("embed_parameters"):
-            index = target.index(version)
-            exported = dict(
-                zip(index["key"].to_pylist(), index["exported_sha256"].to_pylist(), strict=True)
-            )
-        return cls(version, {one["fingerprint"]: one for one in described["shards"]}, exported)
+        shards = {one["fingerprint"]: one for one in described["shards"]}
+        return cls(version, shards, IndexedFiles(index))
 
 
 @dataclass
@@ -95,6 +97,7 @@ class ShardBuilder:
     spec: ExportSpec
     version: str
     previous: PreviousVersion | None
+    known: KnownFiles
     on_progress: Callable[[ExportProgress], object]
     bad: list[BadImage] = field(default_factory=list)
 
@@ -103,8 +106,12 @@ class ShardBuilder:
         local = self.storage.folder is not None and self.target.is_folder
         workers = threads or ((os.cpu_count() or 1) if local else _REMOTE_THREADS)
         ready = 0
-        with ThreadPoolExecutor(workers, "krea-export") as pool:
-            futures = [pool.submit(self.build, shard) for shard in plan.shards]
+        with (
+            ThreadPoolExecutor(workers, "krea-export") as pool,
+            ThreadPoolExecutor(workers, "krea-export-images") as editors,
+        ):
+            images = self._in_order(editors, 2 * workers // (len(plan.shards) or 1) + 2)
+            futures = [pool.submit(self.build, shard, images) for shard in plan.shards]
             try:
                 for future in as_completed(futures):
                     if (done := future.result()) is not None:
@@ -119,35 +126,58 @@ class ShardBuilder:
             raise ImagesNotAsStored(order)
         return [done for future in futures if (done := future.result()) is not None]
 
-    def build(self, shard: Shard) -> FinishedShard | None:
+    def _in_order(self, editors: Executor, ahead: int) -> InOrder:
+        """Return how the images of a shard are read: a few ahead, where that takes long."""
+        if not self.rows.edits.converts:
+            return map
+        return lambda function, items: in_order(editors, function, items, ahead)
+
+    def build(self, shard: Shard, images: InOrder) -> FinishedShard | None:
         """Build one shard; None where images are bad, which are added to ``bad``."""
-        content = content_of(self.rows, self.spec, shard)
+        content = content_of(self.rows, shard)
         if self.bad:  # nothing will be published: the other images are only checked
-            for _ in read_images(content, self.storage, self.bad.append):
-                pass
+            check_stored(content, self.storage, self.bad.append)
             return None
         found = self._found(shard, content) or self._linked(shard, content)
-        return found or self._written(shard, content)
+        if found is not None:
+            return found
+        done = self._written(shard, content, images)
+        if done is not None and content.edits.changes_files:
+            self.known.note(shard, done.files)
+        return done
+
+    def _stored(self, shard: Shard, content: ShardContent) -> Sequence[ExportedFile] | None:
+        """Return the files as they are stored; None if the export changes them."""
+        if content.edits.changes_files:
+            return None
+        sizes = self.rows.sizes[shard.rows].tolist()
+        items = zip(content.items, sizes, strict=True)
+        return [ExportedFile(item.sha256, size) for item, size in items]
 
     def _found(self, shard: Shard, content: ShardContent) -> FinishedShard | None:
+        files = self._stored(shard, content) or self.known.of(shard, content.keys)
+        if files is None:
+            return None
         name = f"{self.version}/{shard.name}"
         try:
             if self.spec.form not in ONE_FILE:
-                shas = check_folder(self.target, name, content, self.spec)
-                return self._done(shard, content, "found", shas)
+                check_folder(self.target, name, content, files, self.spec)
+                return self._done(shard, content, "found", files)
             if self.target.storage.size_bytes(name) is None:
                 return None
-            return self._checked(shard, content, name)
+            return self._checked(shard, content, files, name)
         except CorruptShard:
             return None
 
-    def _checked(self, shard: Shard, content: ShardContent, name: str) -> FinishedShard:
+    def _checked(
+        self, shard: Shard, content: ShardContent, files: Sequence[ExportedFile], name: str
+    ) -> FinishedShard:
         folder = self.target.storage.folder
         if folder is not None:
-            return self._verified(shard, content, "found", folder / name)
+            return self._verified(shard, content, "found", files, folder / name)
         with self.target.storage.scratch() as copy:
             self.target.fetch(name, copy)
-            return self._verified(shard, content, "found", copy)
+            return self._verified(shard, content, "found", files, copy)
 
     def _linked(self, shard: Shard, content: ShardContent) -> FinishedShard | None:
         """Link a shard of the previous version, where it is unchanged."""
@@ -155,15 +185,13 @@ class ShardBuilder:
         known = None if previous is None else previous.shards.get(shard.fingerprint)
         if previous is None or known is None or previous.version == self.version:
             return None
+        files = self._stored(shard, content) or previous.files.of(content.keys)
+        if files is None:
+            return None
         old, new = f"{previous.version}/{known['name']}", f"{self.version}/{shard.name}"
-        shas = [item.sha256 for item in content.items]
-        if self.spec.embed_parameters:
-            if not previous.exported.keys() >= set(content.keys):
-                return None
-            shas = [previous.exported[key] for key in content.keys]
         if self.spec.form not in ONE_FILE:
             try:
-                check_folder(self.target, old, content, self.spec)
+                check_folder(self.target, old, content, files, self.spec)
             except CorruptShard:
                 return None
             for item in content.items:
@@ -171,7 +199,7 @@ class ShardBuilder:
                 for ending in next_to_endings(self.spec):
                     name = f"{item.key}.{ending}"
                     self.target.link(f"{old}/{name}", f"{new}/{name}")
-            return self._done(shard, content, "linked", shas)
+            return self._done(shard, content, "linked", files)
         if self.target.storage.size_bytes(old) != known["bytes"]:
             return None
         # An object store has its own checksums, and verifying would download everything.
@@ -179,37 +207,53 @@ class ShardBuilder:
             return None
         self.target.link(old, new)
         return FinishedShard(
-            shard, "linked", known["bytes"], known["crc32"], images_sha256(content, shas), shas
+            shard, "linked", known["bytes"], known["crc32"], images_sha256(content, files), files
         )
 
-    def _written(self, shard: Shard, content: ShardContent) -> FinishedShard | None:
-        bad_before = len(self.bad)
-        images = read_images(content, self.storage, self.bad.append)
+    def _written(
+        self, shard: Shard, content: ShardContent, in_order: InOrder
+    ) -> FinishedShard | None:
+        bad_before, files = len(self.bad), list[ExportedFile]()
+        images = _noted(read_images(content, self.storage, self.bad.append, in_order), files)
         name = f"{self.version}/{shard.name}"
         if self.spec.form not in ONE_FILE:
             write_folder(self.target, name, content, images, self.spec)
             if len(self.bad) > bad_before:
                 return None
-            shas = check_folder(self.target, name, content, self.spec)
-            return self._done(shard, content, "written", shas)
+            check_folder(self.target, name, content, files, self.spec)
+            return self._done(shard, content, "written", files)
         with self.target.storage.scratch() as path:
             _WRITE[self.spec.form](path, content, images)
             if len(self.bad) > bad_before:
                 return None
-            done = self._verified(shard, content, "written", path)
+            done = self._verified(shard, content, "written", files, path)
             self.target.send(path, name)
         return done
 
-    def _verified(self, shard: Shard, content: ShardContent, how: str, path: Path) -> FinishedShard:
+    def _verified(
+        self,
+        shard: Shard,
+        content: ShardContent,
+        how: str,
+        files: Sequence[ExportedFile],
+        path: Path,
+    ) -> FinishedShard:
         """Verify a shard's file. Raises CorruptShard."""
-        shas = _CHECK[self.spec.form](path, content)
+        _CHECK[self.spec.form](path, content, files)
         with path.open("rb") as file:
             crc32 = crc32_of(file)
-        images = images_sha256(content, shas)
-        return FinishedShard(shard, how, path.stat().st_size, crc32, images, shas)
+        images = images_sha256(content, files)
+        return FinishedShard(shard, how, path.stat().st_size, crc32, images, files)
 
     def _done(
-        self, shard: Shard, content: ShardContent, how: str, shas: Sequence[str]
+        self, shard: Shard, content: ShardContent, how: str, files: Sequence[ExportedFile]
     ) -> FinishedShard:
-        size = int(self.rows.sizes[shard.rows].sum())
-        return FinishedShard(shard, how, size, None, images_sha256(content, shas), shas)
+        size = sum(file.bytes for file in files)
+        return FinishedShard(shard, how, size, None, images_sha256(content, files), files)
+
+
+def _noted(images: Iterable[ExportedImage], files: list[ExportedFile]) -> Iterator[ExportedImage]:
+    """Yield the images, and add what is known of their files to ``files``."""
+    for image in images:
+        files.append(image.file)
+        yield image

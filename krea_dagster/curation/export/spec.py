@@ -19,6 +19,9 @@ FORMS: Final[tuple[Form, ...]] = get_args(Form)
 #: Formats whose shard is one file; in the others it is a folder of images.
 ONE_FILE: Final = frozenset({"webdataset", "parquet"})
 
+#: The formats that images can be converted to.
+IMAGE_FORMATS: Final[tuple[str, ...]] = ("png", "jpeg", "webp")
+
 #: A licence identifier of the Hub or SPDX: ``mit``, ``cc-by-4.0``, ``LicenseRef-own``.
 _LICENSE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}")
 
@@ -29,8 +32,7 @@ class ExportSpec:
 
     Args:
         form: ``parquet`` (images inside), ``imagefolder``, ``webdataset`` (tar shards), ``jsonl``
-        or
-            ``csv`` (image files and a table).
+            or ``csv`` (image files and a table).
         splits: The splits and their shares of the prompts, which sum to 1.
         everything: Export all stored images instead of the accepted ones.
         partitions: Only these partitions; None for all.
@@ -43,6 +45,10 @@ class ExportSpec:
         shard_images: The most images per shard.
         shard_bytes: The most bytes of image files per shard; a single image may exceed it.
         leaks: Keep similar images in several splits. By default only the last split keeps them.
+        image_format: Convert images to ``png``, ``jpeg`` or ``webp``; None keeps the format.
+        quality: Of JPEG and WebP files that are encoded, 1 to 100; 95 by default.
+        longest_side: Make larger images smaller, so that their longer side has these pixels.
+        mark: Mark the files as generated, in their metadata (IPTC); the pixels do not change.
         embed_parameters: Write prompt, seed and other parameters into PNG files.
         sidecars: Write a JSON file next to each image file.
         captions: Write the prompt as a text file next to each image file.
@@ -66,6 +72,10 @@ class ExportSpec:
     shard_images: int = 10_000
     shard_bytes: int = 500_000_000
     leaks: bool = False
+    image_format: str | None = None
+    quality: int | None = None
+    longest_side: int | None = None
+    mark: bool = True
     embed_parameters: bool = False
     sidecars: bool = False
     captions: bool = False
@@ -84,10 +94,28 @@ class ExportSpec:
                 f"{what} need image files, which {self.form} does not have; its shards contain "
                 "the columns already"
             )
+        self._check_images()
         if self.license is not None and not _LICENSE.fullmatch(self.license):
             raise ConfigError(
                 f"the licence {self.license[:80]!r} is not an identifier such as cc-by-4.0; for "
                 "another licence use 'other', and describe it in a file of the dataset"
+            )
+
+    def _check_images(self) -> None:
+        if self.image_format not in (None, *IMAGE_FORMATS):
+            raise ConfigError(
+                f"images cannot be converted to {self.image_format!r}; use one of "
+                f"{', '.join(IMAGE_FORMATS)}"
+            )
+        if self.longest_side is not None and self.longest_side < 1:
+            raise ConfigError("longest_side must be 1 pixel or more")
+        if self.quality is None:
+            return
+        if not 1 <= self.quality <= 100:
+            raise ConfigError("quality must be from 1 to 100")
+        if self.image_format == "png" or (self.image_format is None and self.longest_side is None):
+            raise ConfigError(
+                "quality is for images that are converted to jpeg or webp, or made smaller"
             )
 
     @classmethod

@@ -9,11 +9,12 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from krea_dagster.curation.export.image_content import (
     CorruptShard,
+    ExportedFile,
     ExportedImage,
     ShardContent,
     check_image,
@@ -26,32 +27,29 @@ def write_tar(path: Path, content: ShardContent, images: Iterator[ExportedImage]
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for image in images:
             item = image.item
-            line = json.dumps(content.ready(item, image.sha256), ensure_ascii=False)
+            line = json.dumps(content.ready(item, image.file), ensure_ascii=False)
             _add(tar, item.file, image.data)
             _add(tar, f"{item.key}.txt", (prompts[item.place].as_py() or "").encode())
             _add(tar, f"{item.key}.json", line.encode())
 
 
-def check_tar(path: Path, content: ShardContent) -> list[str]:
-    """Verify a shard; return the sha256 of each image in it. Raises CorruptShard."""
+def check_tar(path: Path, content: ShardContent, files: Sequence[ExportedFile]) -> None:
+    """Verify a shard, whose image files are ``files``. Raises CorruptShard."""
     prompts = content.facts["prompt"]
-    found: list[str] = []
     try:
         with tarfile.open(path, "r:") as tar:
-            for item in content.items:
-                sha256 = check_image(item, _next(tar, item.file))
+            for item, known in zip(content.items, files, strict=True):
+                check_image(item, _next(tar, item.file), known)
                 text = _next(tar, f"{item.key}.txt").decode()
                 record = json.loads(_next(tar, f"{item.key}.json"))
                 if text != (prompts[item.place].as_py() or ""):
                     raise CorruptShard(f"{path.name}: the prompt of {item.key} differs")
-                if record != content.ready(item, sha256):
+                if record != content.ready(item, known):
                     raise CorruptShard(f"{path.name}: the row of {item.key} differs")
-                found.append(sha256)
             if tar.next() is not None:
                 raise CorruptShard(f"{path.name} has extra files")
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise CorruptShard(f"{path.name} cannot be read: {error}") from None
-    return found
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

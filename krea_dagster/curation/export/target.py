@@ -51,6 +51,7 @@ INDEX_SCHEMA: Final = pa.schema(
         ("request_key", pa.string()),
         ("image_sha256", pa.string()),
         ("exported_sha256", pa.string()),
+        ("exported_bytes", pa.int64()),
     ]
 )
 
@@ -211,11 +212,16 @@ class ExportTarget:
         for version in gone:
             # First the file that makes it complete.
             self.storage.remove(f"{version}/{EXPORT}")
-            for name in list(self.storage.names(version)):
-                self.storage.remove(name)
-            if self.storage.folder is not None:
-                shutil.rmtree(self.storage.folder / version, ignore_errors=True)
+            self.remove_all(version)
         return gone
+
+    def remove_all(self, folder: str) -> None:
+        """Remove all files below a folder, which may be missing."""
+        for name in list(self.storage.names(folder)):
+            self.storage.remove(name)
+        if self.storage.folder is not None:
+            shutil.rmtree(self.storage.folder / folder, ignore_errors=True)
+            self._made.discard(str(self.storage.folder / folder))
 
     def _path(self, name: str) -> Path:
         path = cast("Path", self.storage.folder) / name

@@ -31,13 +31,14 @@ def write_version_files(
     for split in spec.splits if spec.form in TABLES else ():
         of_split = [one for one in shards if one.shard.split == split.name]
         _write_table(builder, split.name, of_split)
+    builder.known.forget()
     target.storage.write(f"{version}/{INDEX}", lambda file: _write_index(file, builder, shards))
     target.storage.write(f"{version}/README.md", partial(_all, pieces=[card.encode()]))
     described = {
         "format_version": FORMAT_VERSION,
         "version": version,
         "layout": shard_layout(spec),
-        "embed_parameters": spec.embed_parameters,
+        "image_edits": builder.rows.edits.settings(),
         "made_by": facts.made_by,
         "images": plan.images,
         "splits": dict(facts.splits),
@@ -69,7 +70,7 @@ def _write_table(builder: ShardBuilder, split: str, shards: Sequence[FinishedSha
 
     def rows() -> Iterator[tuple[Sequence[str], pa.Table]]:
         for one in shards:
-            content = content_of(builder.rows, builder.spec, one.shard)
+            content = content_of(builder.rows, one.shard)
             # The table of an imagefolder is in the split's folder, the others are above it.
             folder = one.shard.name
             if form == "imagefolder":
@@ -77,9 +78,9 @@ def _write_table(builder: ShardBuilder, split: str, shards: Sequence[FinishedSha
             names = [f"{folder}/{item.file}" for item in content.items]
             written.extend(names)
             places = [item.place for item in content.items]
-            yield names, written_columns(content, places, one.shas)
+            yield names, written_columns(content, places, one.files)
 
-    schema = written_schema(builder.rows.schema, embed=builder.spec.embed_parameters)
+    schema = written_schema(builder.rows.schema, builder.rows.edits)
     builder.target.storage.write(path, lambda file: write_table(form, file, schema, rows()))
     with builder.target.storage.open(path) as file:
         check_table(form, file, written)
@@ -94,7 +95,7 @@ def _write_index(file: BinaryIO, builder: ShardBuilder, shards: Sequence[Finishe
             )
             keys = [key.decode() for key in builder.rows.keys[shard.rows].tolist()]
             files = [
-                f"{key}.{ending_of(path)}"
+                f"{key}.{builder.rows.edits.ending(ending_of(path))}"
                 for key, path in zip(keys, facts["image_path"].to_pylist(), strict=True)
             ]
             folder = "" if builder.spec.form in ONE_FILE else f"{shard.name}/"
@@ -107,7 +108,8 @@ def _write_index(file: BinaryIO, builder: ShardBuilder, shards: Sequence[Finishe
                     name: facts[name]
                     for name in ("prompt_id", "sample", "request_key", "image_sha256")
                 },
-                "exported_sha256": one.shas,
+                "exported_sha256": [file.sha256 for file in one.files],
+                "exported_bytes": [file.bytes for file in one.files],
             }
             writer.write_table(pa.table(columns, schema=INDEX_SCHEMA))
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from PIL import Image
 
+from krea_dagster.curation.in_order import in_order
 from krea_dagster.curation.measures.builtin import Measures, measure, to_grey_or_rgb
 from krea_dagster.curation.measures.cache import MeasureWriter
 from krea_dagster.curation.measures.custom import Measure
@@ -108,17 +109,10 @@ def _decode_ahead(
     storage: Storage, files: Iterable[ImageFile], threads: int
 ) -> Generator[_Decoded, None, None]:
     """Yield the decoded files in order, with at most twice as many as ``threads`` under way."""
-    pool = ThreadPoolExecutor(threads, "krea-measure")
-    ahead: deque[Future[_Decoded]] = deque()
-    try:
-        for file in files:
-            ahead.append(pool.submit(_decode, storage, file))
-            if len(ahead) >= 2 * threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(threads, "krea-measure") as pool:
+        decode = partial(_decode, storage)
+        with closing(in_order(pool, decode, files, 2 * threads)) as decoded:
+            yield from decoded
 
 
 def _decode(storage: Storage, file: ImageFile) -> _Decoded:
