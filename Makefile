@@ -8,7 +8,7 @@ export UV_PYTHON_DOWNLOADS := never
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup demo test lint bench dev simulate simulate-bugs services-test daemon-test \
-	browser-test docs-images project-test export-test cluster-setup cluster-test lock clean
+	browser-test docs docs-images project-test export-test cluster-setup cluster-test lock clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -61,10 +61,14 @@ daemon-test: setup  ## Drive a whole Dagster: automation, backfills, cancelling 
 browser-test: setup  ## Look at Dagster's UI in a real browser (needs Chromium)
 	@$(BIN)/pytest tests/browser -m browser -n 2 --dist loadfile
 
+docs: setup  ## Build the documentation's site into build/docs
+	@$(BIN)/python -m sphinx -b html -q -W --keep-going -j 2 docs build/docs
+	@echo "file://$(CURDIR)/build/docs/index.html"
+
 docs-images: setup  ## Make the screenshots in docs/images (needs Chromium)
 	@$(BIN)/python -m tests.browser.make_images docs/images
 
-project-test: setup  ## Install the wheel into a fresh dg project, as the README says
+project-test: setup  ## Install the wheel into a fresh dg project, as its page says
 	@$(BIN)/python tests/project/run.py
 
 export-test: setup  ## Read every export back by its own library, in an environment of its own

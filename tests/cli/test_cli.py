@@ -449,18 +449,6 @@ def test_an_option_overrides_its_variable_for_this_command_alone(shell: Shell) -
     assert json.loads(shell.run("quote", "--json").out)["total"]["asked"] == 2
 
 
-def test_every_command_and_option_that_the_readme_names_exists() -> None:
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    used = re.findall(r"krea-dagster[ \n]+([a-z]+)((?: +--[a-z-]+(?:[= ][^\s`-]\S*)?)*)", text)
-    known = COMMANDS
-    named = [(name, options) for name, options in used if f"`krea-dagster {name}" in text]
-    assert named, "the README names commands"
-    for name, options in named:
-        assert name in known, f"README.md names krea-dagster {name}"
-        opts = {opt for option in known[name].params for opt in option.opts}
-        assert set(re.findall(r"--[a-z-]+", options)) <= opts
-
-
 def test_a_table_is_bought_once_in_all_the_kinds_of_its_files(shell: Shell) -> None:
     lines = "prompt_id,prompt,seed\n007,an oak of text,\n8,an elm of text,9\n"
     (shell.folder / "ideas.csv").write_text(lines)

@@ -43,6 +43,7 @@ def test_nothing_of_the_project_is_replaced(module: dict[str, Any], fake_krea: F
     assert defs.resolve_schedule_def("vases_krea_schedule").cron_schedule == "0 3 * * *"
 
 
-def test_the_readme_shows_this_file() -> None:
+def test_its_page_shows_this_file() -> None:
     _, code = FILE.read_text(encoding="utf-8").split('"""\n\n', 1)
-    assert f"```python\n{code}```" in (ROOT / "README.md").read_text(encoding="utf-8")
+    page = ROOT / "docs" / "how-to" / "existing-project.md"
+    assert f"```python\n{code}```" in page.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Runs the README's commands for a new project, with the package installed as a wheel.
+"""Runs the commands of docs/how-to/dg-project.md, with the package installed as a wheel.
 
 A new environment, a new project, and nothing of this checkout except the wheel that is built from
 it. The versions are those of requirements.lock, which uv has in its cache.
@@ -19,13 +19,13 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 UV = ROOT / ".uv" / "bin" / "uv"
-SECTION = "In a `dg` project"
+PAGE = ROOT / "docs" / "how-to" / "dg-project.md"
 PACKAGES = ("create-dagster", "dagster-dg-cli")
 
 
 def main() -> int:
-    """Return 0 if everything is as the README says."""
-    steps = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    """Return 0 if everything is as the page says."""
+    steps = commands(PAGE.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory(prefix="krea-project-") as folder:
         home = Path(folder)
         environment = install(home)
@@ -42,7 +42,7 @@ def main() -> int:
                 assert image.size == (row["width"], row["height"]), row
         assert Path(first[0]["image_path"]).is_relative_to(project)
 
-        # As in the README, in the same shell: the settings first, and the last command again.
+        # As on the page, in the same shell: the settings first, and the last command again.
         settings = [step for step in steps if step.startswith(("cd ", "export "))]
         bash("\n".join([*settings, steps[-1]]), home, environment)
         second = manifest(project)
@@ -55,13 +55,12 @@ def main() -> int:
     return 0
 
 
-def commands(readme: str) -> list[str]:
-    """The commands of the section, line by line."""
-    section = re.split(r"\n##+ ", readme.split(f"## {SECTION}\n", 1)[1])[0]
-    (block,) = re.findall(r"```console\n(.*?)```", section, flags=re.DOTALL)
+def commands(page: str) -> list[str]:
+    """The commands of the page, line by line."""
+    (block,) = re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL)
     lines = [line for line in block.splitlines() if line]
     for wanted in ("create-dagster project ", "dg scaffold defs ", "dg check yaml", "dg launch "):
-        assert any(line.startswith(wanted) for line in lines), f"{wanted}is not in the README"
+        assert any(line.startswith(wanted) for line in lines), f"{wanted}is not on the page"
     assert lines[-1].startswith("dg launch "), lines
     return lines
 

@@ -1,4 +1,4 @@
-"""What the README says is so: its code runs, and its names exist."""
+"""What the README and the pages in docs/ say is so: their code runs, and their names exist."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 import dagster as dg
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from dagster._core.definitions.reconstruct import repository_def_from_target_def
@@ -21,7 +22,6 @@ from dagster._core.workspace.autodiscovery import loadable_targets_from_python_f
 
 import krea_dagster
 from krea_dagster import KreaImages
-from krea_dagster.application.settings import Settings, variable_of
 from krea_dagster.cli import main
 from krea_dagster.emulator import Emulator
 from krea_dagster.prompts import (
@@ -36,9 +36,16 @@ from tests.prompts.reference import key_for
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+def page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
+OWN_PROJECT = page("how-to/own-project")
+#: The pages whose code is read as one file, after the README's.
+ONE_FILE = ("how-to/own-project", "how-to/automation", "reference/checks", "how-to/manifests")
 
 #: The subcommands by name.
 COMMANDS: dict[str, click.Command] = {
@@ -53,7 +60,7 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory, emulator: Emulator) -> Iterator[dict[str, Any]]:
-    """What the README's code makes, read from its top, in a folder with a table.
+    """What the code of the README and of ``ONE_FILE`` makes, in a folder with a table.
 
     The code is run as it stands, but that the emulator is at the address of EvoLink.
     """
@@ -70,13 +77,13 @@ def names(tmp_path_factory: pytest.TempPathFactory, emulator: Emulator) -> Itera
         write_table(folder / "data" / "prompts.parquet", table)
         made: dict[str, Any] = {}
         key = 'api_key=dg.EnvVar("EVOLINK_API_KEY")'
-        for block in blocks("python"):
-            if "EXAMPLE_FOLDER" in block:  # a file of examples/, which has a test of its own
-                continue
+        for block in [
+            one for text in (README, *map(page, ONE_FILE)) for one in blocks("python", text)
+        ]:
             text = block.replace(key, f'{key}, base_url="{emulator.url}"')
             # Not with this file's own __future__: Dagster cannot read annotations that are text.
-            code = compile(text, "README.md", "exec", dont_inherit=True)
-            exec(code, made)  # noqa: S102 - the README's own code
+            code = compile(text, "docs", "exec", dont_inherit=True)
+            exec(code, made)  # noqa: S102 - our own code
         yield made
 
 
@@ -96,8 +103,7 @@ def test_its_code_makes_a_code_location_with_the_assets_and_jobs_that_it_names(
     names: dict[str, Any],
 ) -> None:
     defs = names["defs"]
-    section = README.split("## Use it in your own project")[1].split("\n## ")[0]
-    listed = re.findall(r"^\| `(\w+)` \|[^|]*\|$", section, re.MULTILINE)
+    listed = re.findall(r"^\| `(\w+)` \|[^|]*\|$", OWN_PROJECT, re.MULTILINE)
     assert {dg.AssetKey(name) for name in listed} == set(
         defs.resolve_asset_graph().get_all_asset_keys()
     )
@@ -174,7 +180,7 @@ KEY = 'api_key=dg.EnvVar("EVOLINK_API_KEY")'
 
 
 def test_its_first_file_buys_everything_by_the_command_below_it(tmp_path: Path) -> None:
-    section = README.split("## Use it in your own project")[1].split("\n## ")[0]
+    section = README.split("## Ten lines")[1].split("\n## ")[0]
     code, (command, *_) = blocks("python", section)[0], blocks("console", section)
     (tmp_path / "definitions.py").write_text(code.replace(KEY, "emulator=True"))
     write_table(tmp_path / "data" / "prompts.parquet", {"prompt": ["a boat", "a kite"]})
@@ -189,7 +195,7 @@ def test_its_first_file_buys_everything_by_the_command_below_it(tmp_path: Path) 
 def test_its_automation_saved_as_a_file_is_what_dagster_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (code,) = [one for one in blocks("python") if "@dg.definitions\ndef daily" in one]
+    (code,) = blocks("python", page("how-to/automation"))
     (tmp_path / "daily.py").write_text(code.replace(KEY, "emulator=True"))
     write_table(
         tmp_path / "data" / "prompts.parquet", {"prompt": ["a boat"], "day": ["2026-11-02"]}
@@ -203,8 +209,8 @@ def test_its_automation_saved_as_a_file_is_what_dagster_loads(
 
 
 def test_its_table_of_checks_names_each_with_its_builder(names: dict[str, Any]) -> None:
-    section = README.split("### Checks")[1].split("\n### ")[0]
-    table = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", section, re.MULTILINE))
+    text = page("reference/checks")
+    table = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", text, re.MULTILINE))
     builders = {name for name in krea_dagster.__all__ if name.endswith("_check")}
     assert set(re.findall(r"`(build_\w+)`", " ".join(table.values()))) == builders
     key = dg.AssetKey("image_manifest")
@@ -227,7 +233,9 @@ def checks_of(defs: dg.Definitions) -> set[str]:
 
 #: The rows of the table of partitions: the text, and a key.
 PARTITIONS = re.findall(
-    r"^\| `((?:hash|column|day|week|month):[^`]+)` \|.*\| (.+) \|$", README, re.MULTILINE
+    r"^\| `((?:hash|column|day|week|month):[^`]+)` \|.*\| (.+) \|$",
+    page("reference/prompt-table"),
+    re.MULTILINE,
 )
 
 
@@ -250,25 +258,26 @@ def test_its_partitionings_are_taken_and_have_keys_of_that_form(text: str, key: 
 #: Dagster reads its YAML by a function that Pydantic has deprecated.
 @pytest.mark.filterwarnings("ignore:`parse_obj_as` is deprecated")
 def test_its_component_is_one(names: dict[str, Any]) -> None:
-    (block,) = blocks("yaml")
+    text = page("how-to/dg-project")
+    (block,) = blocks("yaml", text)
     content = yaml.safe_load(block)
     assert content["type"] == "krea_dagster.KreaImages"
     component = KreaImages.resolve_from_dict(content["attributes"])
     assert component.krea.day_credits == 100
     assert len(component.build_checks() or ()) == 2
     for hook in ("build_resource", "build_checks", "get_asset_spec", "count_tokens"):
-        assert f"`{hook}`" in README
+        assert f"`{hook}`" in text
         assert callable(getattr(KreaImages, hook))
 
 
 def test_the_list_of_public_names_is_whole_and_says_what_was_left_out() -> None:
-    page = (ROOT / "docs" / "public-names.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", page, re.MULTILINE)
+    text = page("public-names")
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", text, re.MULTILINE)
     assert [name for name, _ in rows] == krea_dagster.__all__
     for name, sentence in rows:
         assert sentence.endswith("."), name
         assert sentence.count(". ") == 0, name
-    assert "## Left out on purpose" in page
+    assert "## Left out on purpose" in text
 
 
 def test_its_commands_from_a_table_to_a_dataset_run(tmp_path: Path) -> None:
@@ -276,12 +285,29 @@ def test_its_commands_from_a_table_to_a_dataset_run(tmp_path: Path) -> None:
     section = README.split("## From a table to a dataset")[1].split("\n## ")[0]
     (table,) = blocks("python", section)
     commands = "".join(blocks("console", section)).replace("krea-dagster review\n", "")
+    commands = commands.replace("krea-dagster materialize --again rejected\n", "")
     ours = ("DAGSTER_", "EVOLINK_", "KREA_")  # without a key the emulator is used
     environment = {name: text for name, text in os.environ.items() if not name.startswith(ours)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for program in ([sys.executable, "-c", table], ["bash", "-euc", commands]):
         subprocess.run(program, cwd=tmp_path, env=environment, check=True)
     assert len(list((tmp_path / "dataset" / "latest").rglob("*.png"))) == 2
+
+
+def test_the_commands_of_the_tutorial_make_a_dataset(tmp_path: Path) -> None:
+    """All but the review, which waits for a person."""
+    commands = "".join(blocks("console", page("tutorial"))).replace("krea-dagster review\n", "")
+    ours = ("DAGSTER_", "EVOLINK_", "KREA_")  # without a key the emulator is used
+    environment = {name: text for name, text in os.environ.items() if not name.startswith(ours)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    program = ["bash", "-euc", commands]
+    subprocess.run(program, cwd=tmp_path, env=environment, check=True)
+    shards = (tmp_path / "dataset" / "latest").rglob("train-*.parquet")
+    texts = [text for shard in shards for text in pq.read_table(shard)["text"].to_pylist()]
+    assert len(texts) == 8
+    assert "a lighthouse in fog" in texts
+    for file in ("gallery.html", "definitions.py"):
+        assert (tmp_path / file).is_file()
 
 
 def test_its_make_targets_exist() -> None:
@@ -300,34 +326,24 @@ def test_its_commands_and_options_exist() -> None:
         assert set(options.split()) <= known, name
 
 
-def test_every_command_is_in_it() -> None:
-    for name in COMMANDS:
-        assert f"krea-dagster {name}" in README, name
-
-
-def test_its_variables_are_those_that_are_read() -> None:
-    read = {variable_of(field) for field in Settings.model_fields.values()} - {""}
-    assert set(re.findall(r"^\| `((?:KREA|EVOLINK)_[A-Z_]+)`", README, re.MULTILINE)) == read
-
-
 def test_its_pictures_are_there() -> None:
-    for page in (ROOT / "README.md", *PAGES):
-        for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / picture).is_file(), f"{page.name}: {picture}"
+    for path in (ROOT / "README.md", *PAGES):
+        for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / picture).is_file(), f"{path.name}: {picture}"
 
 
-@pytest.mark.parametrize("page", ["callbacks.md", "curation.md", "upstream.md"])
+@pytest.mark.parametrize("name", ["callbacks", "curation", "upstream", "how-to/several-tables"])
 def test_the_code_of_the_pages_in_docs_makes_code_locations(
-    names: dict[str, Any], page: str
+    names: dict[str, Any], name: str
 ) -> None:
     """After the README's own, whose names it may use."""
     made = dict(names)
-    for block in blocks("python", (ROOT / "docs" / page).read_text(encoding="utf-8")):
-        exec(compile(block, page, "exec", dont_inherit=True), made)  # noqa: S102 - our own code
+    for block in blocks("python", page(name)):
+        exec(compile(block, name, "exec", dont_inherit=True), made)  # noqa: S102 - our own code
     locations = [
         one
-        for name, one in made.items()
-        if isinstance(one, dg.Definitions) and one is not names.get(name)
+        for key, one in made.items()
+        if isinstance(one, dg.Definitions) and one is not names.get(key)
     ]
     assert locations
     for one in locations:
@@ -343,10 +359,9 @@ def test_the_job_of_the_page_on_upstream_assets_makes_the_prompts_first(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # its storage root is below the working folder
     monkeypatch.setenv("EVOLINK_API_KEY", open_account())
-    page = (ROOT / "docs" / "upstream.md").read_text(encoding="utf-8")
     key = 'api_key=dg.EnvVar("EVOLINK_API_KEY")'
     made: dict[str, Any] = {}
-    for block in blocks("python", page):
+    for block in blocks("python", page("upstream")):
         text = block.replace(key, f'{key}, base_url="{emulator.url}"')
         exec(compile(text, "upstream.md", "exec", dont_inherit=True), made)  # noqa: S102 - our own code
     job, last = "product_dataset", "bucket-007"
@@ -360,11 +375,11 @@ def test_the_job_of_the_page_on_upstream_assets_makes_the_prompts_first(
 
 
 def test_the_commands_and_options_of_the_pages_exist() -> None:
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
         for name, options in re.findall(r"^krea-dagster ([a-z]+)(.*)$", text, re.MULTILINE):
             command = COMMANDS[name]
             below = command.commands.values() if isinstance(command, click.Group) else ()
             parameters = [each for one in (command, *below) for each in one.params]
             known = {option for parameter in parameters for option in parameter.opts}
-            assert set(re.findall(r"(?<= )--[a-z-]+", options)) <= known | {"--port"}, (page, name)
+            assert set(re.findall(r"(?<= )--[a-z-]+", options)) <= known | {"--port"}, (path, name)
