@@ -187,6 +187,10 @@ class Backend:
             budgets=tuple(map(Budget.parse, self.settings.budgets)),
         )
 
+    def soft_budgets(self) -> list[Budget]:
+        """Return the budgets that only warn. Raises ConfigError for a malformed one."""
+        return list(map(Budget.parse, self.settings.soft_budgets))
+
     def budget_columns(self) -> list[str]:
         """Return the columns whose values have a budget. Raises ConfigError."""
         return list(dict.fromkeys(one.name for one in self.caps().budgets if one.name))

@@ -207,25 +207,34 @@ class Krea(Backend):
     # -- accounting ------------------------------------------------------------------------------
 
     def spend(
-        self, by: Sequence[str] = (), *, since: date | None = None, month: str | None = None
+        self,
+        by: Sequence[str] = (),
+        *,
+        since: date | None = None,
+        until: date | None = None,
+        month: str | None = None,
+        zone: str | None = None,
     ) -> Spend:
         """Sum up what was spent: today, this month and in total, or by columns.
 
         Args:
-            by: Columns of the ledger or the manifest.
-            since: First UTC day.
-            month: One UTC month, as ``YYYY-MM``.
+            by: Columns of the ledger or the prompt table.
+            since: First day.
+            until: Last day.
+            month: One month, as ``YYYY-MM``, instead.
+            zone: Time zone of the days; the setting ``timezone`` by default.
 
         Raises:
-            ConfigError: for an unknown column or a malformed month.
+            ConfigError: for an unknown column or time zone, or a malformed month.
             JournalError: if the journal cannot be read.
         """
-        from krea_dagster.application.spend import spend_of
+        from krea_dagster.application.spend import SpendPeriod, spend_of
 
-        return spend_of(self, by, since=since, month=month)
+        period = SpendPeriod.of(since, until, month, zone or self.settings.timezone)
+        return spend_of(self, by, period=period)
 
-    def spend_sql(self, query: str) -> pa.Table:
-        """Answer a SELECT over ledger, daily, failures, manifest and prompts.
+    def spend_sql(self, query: str, *, zone: str | None = None) -> pa.Table:
+        """Answer a SELECT over the views of the spend tables.
 
         Raises ConfigError or JournalError.
         """
@@ -233,14 +242,28 @@ class Krea(Backend):
 
         settings = self.settings
         if not isinstance(settings, Settings):
-            return answer_of(self, query)
-        return answer_of(self, query, settings.prompts, self._prompts_options(settings))
+            return answer_of(self, query, zone=zone)
+        return answer_of(self, query, settings.prompts, self._prompts_options(settings), zone=zone)
 
-    def spend_report(self, path: Path, *, by: Sequence[str] = ()) -> list[SpendWarning]:
-        """Write the HTML report, and return its warnings. Raises ConfigError or JournalError."""
+    def spend_report(
+        self,
+        path: Path,
+        *,
+        by: Sequence[str] = (),
+        since: date | None = None,
+        until: date | None = None,
+        month: str | None = None,
+        zone: str | None = None,
+    ) -> list[SpendWarning]:
+        """Write the HTML report of a period (see ``spend``), and return its warnings.
+
+        Raises ConfigError or JournalError.
+        """
+        from krea_dagster.application.spend import SpendPeriod
         from krea_dagster.application.spend_report import report_of
 
-        return report_of(self, path, by=by)
+        period = SpendPeriod.of(since, until, month, zone or self.settings.timezone)
+        return report_of(self, path, by=by, period=period)
 
     def verify(
         self,

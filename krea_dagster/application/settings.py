@@ -127,6 +127,19 @@ class SharedSettings(BaseModel):
         variable="KREA_BUDGETS",
         metavar="SCOPE=CREDITS,…",
     )
+    soft_budgets: list[str] = _setting(
+        [],
+        "Budgets that only warn and stop nothing, written as the budgets.",
+        variable="KREA_SOFT_BUDGETS",
+        metavar="SCOPE=CREDITS,…",
+    )
+    timezone: str = _setting(
+        "UTC",
+        "Time zone of the days, weeks and months that `spend` shows, such as Europe/Berlin. "
+        "Budgets and the table spend_daily have UTC days.",
+        variable="KREA_TIMEZONE",
+        metavar="ZONE",
+    )
     callback_base_url: str = _setting(
         "",
         "Public https:// address of `krea-dagster callbacks serve`. EvoLink then reports finished "
@@ -286,7 +299,7 @@ def _read(text: str, field: FieldInfo, name: str) -> Any:
             return parse_whole_number(text, variable, most=most)
         case "run_credits" | "day_credits":
             return credits_from_units(parse_cap(text, variable))
-        case "budgets":
+        case "budgets" | "soft_budgets":
             return _budgets(text, variable)
         case "storage_options" | "prompts_options":
             return parse_options(text, variable)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from calendar import monthrange
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timezone
 from fractions import Fraction
+from zoneinfo import ZoneInfo
 
-import duckdb
 import pyarrow as pa
 
 from krea_dagster import redact
@@ -18,72 +18,106 @@ from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.file_systems import Options
-from krea_dagster.spend.tables.ledger import exact_rate
-from krea_dagster.spend.tables.query import (
-    FIGURES,
-    SpendLine,
-    open_tables,
-    run_query,
-    sums,
-)
+from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA, exact_rate
+from krea_dagster.spend.tables.query import MADE, SpendLine, open_tables, run_query, sums
+from krea_dagster.spend.tables.sql import DuckDB
 from krea_dagster.spend.tables.state import SpendState
 from krea_dagster.spend.tables.update import SpendUpdate, update_spend
+from krea_dagster.spend.tables.views import is_utc
+from krea_dagster.spend.warnings.budgets import BudgetLine, budget_lines, hard_budgets
+
+
+@dataclass(frozen=True)
+class SpendPeriod:
+    """The days that are asked for, both included, in a time zone; None for no limit."""
+
+    since: date | None = None
+    until: date | None = None
+    zone: str = "UTC"
+    name: str = ""
+
+    @classmethod
+    def of(
+        cls, since: date | None, until: date | None, month: str | None, zone: str
+    ) -> SpendPeriod:
+        """Return a period. Raises ConfigError for a malformed one, or one without days."""
+        is_utc(zone)
+        if month is not None:
+            return cls(*_days_of(month), zone, month)
+        if since is not None and until is not None and until < since:
+            raise ConfigError(f"there is no day from {since} to {until}")
+        words = [f"{word} {day}" for word, day in (("since", since), ("until", until)) if day]
+        return cls(since, until, zone, " ".join(words))
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it is not all time."""
+        return self.since is not None or self.until is not None
+
+    def today(self, now: datetime) -> date:
+        """Return the present day."""
+        return now.astimezone(ZoneInfo(self.zone)).date()
 
 
 @dataclass(frozen=True)
 class Spend:
-    """Sums by the columns ``by``, from ``since`` to ``until`` (UTC days, both included).
+    """Sums by the columns ``by`` in a period, and all budgets with their use.
 
     ``rate`` is how many credits one US dollar buys.
     """
 
     by: tuple[str, ...]
     lines: Sequence[SpendLine]
-    since: date | None
-    until: date | None
+    period: SpendPeriod
     rate: Fraction
     where: str
+    budgets: Sequence[BudgetLine] = ()
 
 
 def spend_of(
     backend: Backend,
     by: Sequence[str] = (),
     *,
-    since: date | None = None,
-    month: str | None = None,
+    period: SpendPeriod | None = None,
     now: datetime | None = None,
 ) -> Spend:
     """Say what was spent: today, this month and in all, or by some columns.
 
-    ``month`` is one UTC month, as ``YYYY-MM``. Brings the tables up to date first. Raises
-    ConfigError or JournalError.
+    Brings the tables up to date first. Raises ConfigError or JournalError.
     """
-    until = None
-    if month is not None:
-        since, until = _days_of(month)
-    with closing(_opened(backend)) as duck:
+    period = period or SpendPeriod(zone=backend.settings.timezone)
+    now = now or datetime.now(timezone.utc)
+    caps, soft = hard_budgets(backend.caps()), backend.soft_budgets()
+    named = {*by, *(budget.name for budget in [*caps, *soft] if budget.name)}
+    needs_manifest = bool(named - MADE.keys() - {*LEDGER_SCHEMA.names})
+    with closing(_opened(backend, period.zone, manifest=needs_manifest)) as duck:
         if by:
-            lines = sums(duck, by, since=since, until=until)
+            lines = sums(duck, by, since=period.since, until=period.until)
             names = tuple(by)
         else:
-            today = (now or datetime.now(timezone.utc)).astimezone(timezone.utc).date()
-            first = today.replace(day=1)
-            spans = {
-                "today": (today, today),
-                f"{today:%Y-%m}": (first, today),
-                "in all": (None, None),
-            }
-            if since is not None or until is not None:
-                spans = {month or f"since {since}": (since, until)}
-            names = ("when",)
-            lines = [
-                _named(name, line)
-                for name, (start, end) in spans.items()
-                for line in sums(duck, since=start, until=end)
-            ]
+            names, lines = ("when",), _by_time(duck, period, now)
+        budgets = budget_lines(duck, caps, soft, now) if caps or soft else []
     storage = backend.open_storage()
     rate, _ = as_kept(storage)
-    return Spend(names, lines, since, until, exact_rate(rate), redact.location(storage.locate("")))
+    where = redact.location(storage.locate(""))
+    return Spend(names, lines, period, exact_rate(rate), where, budgets)
+
+
+def _by_time(duck: DuckDB, period: SpendPeriod, now: datetime) -> list[SpendLine]:
+    """Return the sums of the period; of today, this month and all time where it has no limit."""
+    today = period.today(now)
+    spans: dict[str, tuple[date | None, date | None]] = {
+        "today": (today, today),
+        f"{today:%Y-%m}": (today.replace(day=1), today),
+        "in all": (None, None),
+    }
+    if period.is_limited:
+        spans = {period.name: (period.since, period.until)}
+    return [
+        replace(line, of=(name,))
+        for name, (start, end) in spans.items()
+        for line in sums(duck, since=start, until=end)
+    ]
 
 
 def answer_of(
@@ -91,9 +125,19 @@ def answer_of(
     query: str,
     prompts: str | None = None,
     prompts_options: Options | None = None,
+    *,
+    zone: str | None = None,
 ) -> pa.Table:
     """Answer one SELECT over the views. Raises ConfigError or JournalError."""
-    with closing(_opened(backend, prompts, prompts_options)) as duck:
+    needs = {name: name in query.lower() for name in ("manifest", "prompts")}
+    opened = _opened(
+        backend,
+        zone or backend.settings.timezone,
+        prompts if needs["prompts"] else None,
+        prompts_options,
+        manifest=needs["manifest"],
+    )
+    with closing(opened) as duck:
         return run_query(duck, query)
 
 
@@ -116,13 +160,18 @@ def update_tables(
 
 
 def _opened(
-    backend: Backend, prompts: str | None = None, prompts_options: Options | None = None
-) -> duckdb.DuckDBPyConnection:
+    backend: Backend,
+    zone: str,
+    prompts: str | None = None,
+    prompts_options: Options | None = None,
+    *,
+    manifest: bool,
+) -> DuckDB:
     """Bring the tables up to date, as they are kept apart, and open the views."""
     storage = backend.open_storage()
     rate, by = as_kept(storage)
     update_tables(backend, credits_per_usd=rate, by=by)
-    return open_tables(storage, prompts, prompts_options)
+    return open_tables(storage, prompts, prompts_options, manifest=manifest, zone=zone)
 
 
 def as_kept(storage: Storage) -> tuple[float, tuple[str, ...]]:
@@ -131,10 +180,6 @@ def as_kept(storage: Storage) -> tuple[float, tuple[str, ...]]:
     if known is None:
         return CREDITS_PER_USD, ()
     return float(Fraction(known.credits_per_usd)), known.by
-
-
-def _named(name: str, line: SpendLine) -> SpendLine:
-    return SpendLine((name,), *(getattr(line, one) for one in FIGURES))
 
 
 def _days_of(month: str) -> tuple[date, date]:

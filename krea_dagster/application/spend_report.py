@@ -7,40 +7,40 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from krea_dagster.application.backend import Backend
-from krea_dagster.application.spend import as_kept, update_tables
-from krea_dagster.engine.budget import Budget
+from krea_dagster.application.spend import SpendPeriod, as_kept, update_tables
 from krea_dagster.spend.proof.verify import account_proof
 from krea_dagster.spend.report.report import write_report
-from krea_dagster.spend.tables.daily import DAILY_SCHEMA
 from krea_dagster.spend.tables.query import prompt_texts, stored_tables
+from krea_dagster.spend.warnings.budgets import hard_budgets
 from krea_dagster.spend.warnings.warnings import SpendWarning
 
 
 def report_of(
-    backend: Backend, path: Path, *, by: Sequence[str] = (), now: datetime | None = None
+    backend: Backend,
+    path: Path,
+    *,
+    by: Sequence[str] = (),
+    period: SpendPeriod | None = None,
+    now: datetime | None = None,
 ) -> list[SpendWarning]:
     """Write the HTML report, and return its warnings. Raises ConfigError or JournalError."""
-    now = now or datetime.now(timezone.utc)
+    period = period or SpendPeriod(zone=backend.settings.timezone)
     storage = backend.open_storage()
     rate, own = as_kept(storage)
-    # What daily does not keep apart yet is added to what it does.
-    wanted = [*own, *(name for name in by if name not in DAILY_SCHEMA.names)]
-    wanted += backend.budget_columns()
-    update_tables(backend, credits_per_usd=rate, by=tuple(dict.fromkeys(wanted)))
-    tables = stored_tables(storage)
+    update_tables(backend, credits_per_usd=rate, by=own)
     with backend.open_journal() as journal:
         account = account_proof(journal)
-    caps = backend.caps()
-    budgets = [*caps.budgets]
-    if caps.day_units is not None:
-        budgets.append(Budget("day", caps.day_units))
     return write_report(
-        tables,
+        stored_tables(storage),
         path,
-        now=now,
+        now=now or datetime.now(timezone.utc),
         rate=rate,
-        caps=budgets,
+        caps=hard_budgets(backend.caps()),
         by=by or own,
         account=account,
         prompts=lambda ids: prompt_texts(storage, ids),
+        soft=backend.soft_budgets(),
+        since=period.since,
+        until=period.until,
+        zone=period.zone,
     )

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from krea_dagster.cli.options import json_option, open_krea, project_options
 from krea_dagster.cli.terminal import out, printable, show_json
-from krea_dagster.models import credits_from_units, credits_text
+from krea_dagster.models import UNITS_PER_CREDIT, credits_text
+from krea_dagster.spend.text import dollars_of, rough, unique_names
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,18 +26,21 @@ if TYPE_CHECKING:
     from krea_dagster.spend.tables.query import SpendLine
     from krea_dagster.spend.warnings.warnings import SpendWarning
 
-
-_SPEND_COUNTS: Final = (
-    "delivered",
-    "replaced",
-    "accepted",
-    "failed",
-    "refused",
-    "lost",
-    "rejected",
-    "unknown",
-    "pending",
+_COUNTS: Final = (
+    *("purchases", "delivered", "replaced", "accepted", "failed", "refused", "lost", "rejected"),
+    *("unknown", "pending"),
 )
+#: The sums of credits, by their names in JSON and CSV.
+_CREDITS: Final = {
+    "credits_charged": "charged_units",
+    "credits_returned": "returned_units",
+    "credits_at_stake": "at_stake_units",
+}
+
+#: Columns that a narrow terminal leaves out, in this order.
+_LESS: Final = ("each", "lost", "failed", "USD", "asked", "at stake", "open")
+
+_DAY: Final = click.DateTime(["%Y-%m-%d"])
 
 
 @click.command("spend")
@@ -46,16 +50,26 @@ _SPEND_COUNTS: Final = (
     multiple=True,
     metavar="COLUMN",
     help=(
-        "Sum by this column of the ledger or the manifest (day, month, quality, partition_key, "
-        "status, or a column of your table); may be repeated."
+        "Sum by this column of the ledger or of your table (day, week, month, quality, "
+        "partition_key, run_id, campaign); may be repeated. A column of your table that has a name "
+        "of the ledger is prompt_NAME."
     ),
 )
-@click.option("--since", type=click.DateTime(["%Y-%m-%d"]), help="From this UTC day on.")
-@click.option("--month", metavar="YYYY-MM", help="Only this UTC month.")
+@click.option("--since", type=_DAY, help="From this day on.")
+@click.option("--until", type=_DAY, help="Up to this day.")
+@click.option("--month", metavar="YYYY-MM", help="Only this month.")
+@click.option(
+    "--timezone",
+    "zone",
+    metavar="ZONE",
+    envvar="KREA_TIMEZONE",
+    show_envvar=True,
+    help="Time zone of days, weeks and months, such as Europe/Berlin; UTC by default.",
+)
 @click.option(
     "--sql",
     metavar="QUERY",
-    help="Answer a SELECT over the views ledger, daily, failures, manifest and prompts.",
+    help="Answer a SELECT over the views ledger, daily, failures, manifest, prompts, spend_by_day.",
 )
 @json_option
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV on stdout.")
@@ -65,11 +79,13 @@ _SPEND_COUNTS: Final = (
     help="Write the report: one page with charts, tables and warnings; it needs no network.",
 )
 def spend_command(
+    *,
     by: Sequence[str],
     since: datetime | None,
+    until: datetime | None,
     month: str | None,
+    zone: str | None,
     sql: str | None,
-    *,
     as_json: bool,
     as_csv: bool,
     html: Path | None,
@@ -77,24 +93,31 @@ def spend_command(
     """Say where the credits went: today, this month and in total, or by any column.
 
     First brings the tables in spend/ of the storage root up to date. Buys nothing, and needs no
-    network.
+    network. Ends with 0 also if a budget is exceeded: it reports, and the caps stop purchases.
     """
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")
-    if sql is not None and (by or since or month):
-        raise click.UsageError("--sql cannot be combined with --by, --since or --month")
-    if since is not None and month is not None:
-        raise click.UsageError("--since and --month exclude each other")
-    if html is not None and (as_json or as_csv or since or month or sql):
-        raise click.UsageError("--html writes the whole report; it can be combined with --by only")
+    if sql is not None and (by or since or until or month):
+        raise click.UsageError("--sql cannot be combined with --by, --since, --until or --month")
+    if month is not None and (since or until):
+        raise click.UsageError("--month excludes --since and --until")
+    if html is not None and (as_json or as_csv or sql):
+        raise click.UsageError("--html writes the report; it excludes --json, --csv and --sql")
     krea = open_krea(reads_values=sql is not None)
-    if html is not None:
-        show_report(html, krea.spend_report(html, by=by))
-        return
     if sql is not None:
-        show_answer(krea.spend_sql(sql), "json" if as_json else "csv" if as_csv else "table")
+        answer = krea.spend_sql(sql, zone=zone)
+        show_answer(answer, "json" if as_json else "csv" if as_csv else "table")
         return
-    spend = krea.spend(by, since=None if since is None else since.date(), month=month)
+    period: dict[str, Any] = {
+        "since": None if since is None else since.date(),
+        "until": None if until is None else until.date(),
+        "month": month,
+        "zone": zone,
+    }
+    if html is not None:
+        show_report(html, krea.spend_report(html, by=by, **period))
+        return
+    spend = krea.spend(by, **period)
     if as_json:
         show_json(spend_figures(spend))
     elif as_csv:
@@ -110,8 +133,8 @@ def show_report(path: Path, warnings: Sequence[SpendWarning]) -> None:
     out.print(f"The report is in {escape(str(path))}")
 
 
-def _spend_table(shown: Spend) -> Table:
-    """Return the sums without empty columns: grouped by two columns they fit a terminal."""
+def _spend_table(shown: Spend) -> tuple[Table, list[str]]:
+    """Return the sums without empty columns, and the columns for which there is no room."""
     lines, rate = shown.lines, shown.rate
     figures: dict[str, list[str]] = {
         "asked": [str(line.purchases) for line in lines],
@@ -121,83 +144,131 @@ def _spend_table(shown: Spend) -> Table:
         "lost": [str(line.lost + line.rejected) for line in lines],
         "open": [str(line.unknown + line.pending) for line in lines],
         "credits": [credits_text(line.charged_units) for line in lines],
-        "USD": [f"{float(line.usd(rate)):.2f}" for line in lines],
+        "USD": [f"{dollars_of(line.charged_units, rate, 2)}" for line in lines],
         "at stake": [credits_text(line.at_stake_units) for line in lines],
-        "each": [_per_image(line) for line in lines],
+        "each": [_quotient(line.each_units) or "–" for line in lines],
+        "per accepted": [_quotient(line.per_accepted_units) or "–" for line in lines],
     }
-    if all(line.accepted == line.delivered - line.replaced for line in lines):
-        del figures["accepted"]  # no image was reviewed
+    for name in ("failed", "lost", "open", "at stake"):
+        if set(figures[name]) == {"0"}:
+            del figures[name]
+    keys = [
+        [printable("–" if line.of[at] is None else str(line.of[at])) for line in lines]
+        for at in range(len(shown.by))
+    ]
+    # A long value is folded, a short one is not.
+    widths = [min(_width(*one), 16) for one in zip(shown.by, keys, strict=True)]
+    room = out.width - sum(widths) - 2 * len(widths)
+    less = [name for name in _LESS if name in figures]
+    left_out: list[str] = []
+    while less and sum(_width(*one) + 2 for one in figures.items()) - 2 > room:
+        left_out.append(less.pop(0))
+        del figures[left_out[-1]]
     table = Table(box=None, pad_edge=False)
-    columns: list[list[str]] = []
-    for number, name in enumerate(shown.by):
-        values = [line.of[number] for line in lines]
-        columns.append([escape(printable("–" if value is None else value)) for value in values])
-        table.add_column(escape(printable(name)), overflow="fold")
-    for name, texts in figures.items():
-        if name in ("failed", "lost", "open", "at stake") and set(texts) == {"0"}:
-            continue
-        columns.append(texts)
+    for name, width in zip(shown.by, widths, strict=True):
+        table.add_column(escape(printable(name)), overflow="fold", min_width=width)
+    for name in figures:
         table.add_column(name, justify="right", no_wrap=True)
-    for row in zip(*columns, strict=True):
-        table.add_row(*row)
-    return table
+    for row in zip(*keys, *figures.values(), strict=True):
+        table.add_row(*map(escape, row))
+    return table, left_out
+
+
+def _width(name: str, texts: Sequence[str]) -> int:
+    return max(map(len, (name, *texts)))
 
 
 def show_spend(shown: Spend) -> None:
-    """Print what was spent: today, this month and in total, or by columns."""
+    """Print what was spent: today, this month and in total, or by columns; then the budgets."""
     if not shown.lines:
         out.print("Nothing was bought in that time.")
     else:
-        out.print(_spend_table(shown))
-    out.print(f"USD at {float(shown.rate):g} credits per USD; days are UTC")
+        table, left_out = _spend_table(shown)
+        out.print(table)
+        if left_out:
+            out.print(f"no room for {', '.join(left_out)}: see --json")
+    if shown.budgets:
+        out.print(_budget_table(shown))
+    out.print(f"USD at {float(shown.rate):g} credits per USD; days are {shown.period.zone}")
     out.print(f"tables     {escape(shown.where)}/spend")
 
 
-def _per_image(line: SpendLine) -> str:
-    """Return the credits per image, all charges included."""
-    if not line.delivered:
-        return "–"
-    return f"{credits_from_units(line.charged_units) / line.delivered:.4f}"
+def _budget_table(shown: Spend) -> Table:
+    table = Table("budget", "kind", box=None, pad_edge=False)
+    for name in ("cap", "used", "left", "forecast"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in shown.budgets:
+        units = (one.use.cap_units, one.use.used_units, one.left_units)
+        forecast = "–" if one.forecast_units is None else rough(one.forecast_units)
+        name = escape(printable(one.use.name))
+        table.add_row(name, one.kind, *map(credits_text, units), forecast)
+    return table
+
+
+def _quotient(units: float | None) -> str:
+    """Return credits per image, rounded; empty where there is none."""
+    return "" if units is None else f"{units / UNITS_PER_CREDIT:.4f}"
 
 
 def spend_figures(shown: Spend) -> dict[str, Any]:
-    """Return the sums for JSON."""
+    """Return the sums and budgets for JSON. Credits and dollars are exact decimals."""
+    period = shown.period
     return {
         "by": list(shown.by),
-        "since": None if shown.since is None else shown.since.isoformat(),
-        "until": None if shown.until is None else shown.until.isoformat(),
+        "since": None if period.since is None else period.since.isoformat(),
+        "until": None if period.until is None else period.until.isoformat(),
+        "timezone": period.zone,
         "credits_per_usd": float(shown.rate),
-        "lines": [_spend_row(shown, line) for line in shown.lines],
+        "lines": [_row(shown, line) for line in shown.lines],
+        "budgets": [
+            {
+                "budget": one.use.name,
+                "kind": one.kind,
+                "credits_cap": _exact(one.use.cap_units),
+                "credits_used": _exact(one.use.used_units),
+                "credits_left": _exact(one.left_units),
+                "credits_forecast": None
+                if one.forecast_units is None
+                else _exact(one.forecast_units),
+            }
+            for one in shown.budgets
+        ],
     }
 
 
-def _spend_row(shown: Spend, line: SpendLine) -> dict[str, Any]:
-    return {
-        **dict(zip(shown.by, line.of, strict=True)),
-        "purchases": line.purchases,
-        **{name: getattr(line, name) for name in _SPEND_COUNTS},
-        "credits_charged": credits_from_units(line.charged_units),
-        "credits_returned": credits_from_units(line.returned_units),
-        "credits_at_stake": credits_from_units(line.at_stake_units),
-        "usd_charged": round(float(line.usd(shown.rate)), 6),
+def _row(shown: Spend, line: SpendLine) -> dict[str, Any]:
+    """Return a line for JSON and CSV. A column with the name of a measure gets a number."""
+    figures = {
+        **{name: getattr(line, name) for name in _COUNTS},
+        **{name: _exact(getattr(line, units)) for name, units in _CREDITS.items()},
+        "usd_charged": dollars_of(line.charged_units, shown.rate, 6),
+        "each": None if line.each_units is None else Decimal(_quotient(line.each_units)),
+        "per_accepted": None
+        if line.per_accepted_units is None
+        else Decimal(_quotient(line.per_accepted_units)),
     }
+    keys = unique_names([*figures, *shown.by])[len(figures) :]
+    return {**dict(zip(keys, line.of, strict=True)), **figures}
+
+
+def _exact(units: int) -> Decimal:
+    return Decimal(credits_text(units))
 
 
 def show_csv(shown: Spend) -> None:
-    """Print the sums as CSV with a header and exact decimals."""
-    money = {"credits_charged", "credits_returned", "credits_at_stake"}
-    rows = [_spend_row(shown, line) for line in shown.lines]
-    names = [*shown.by, "purchases", *_SPEND_COUNTS, *sorted(money), "usd_charged"]
+    """Print the sums as CSV with a header and exact decimals, in the columns of the JSON."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(names)
-    for row, line in zip(rows, shown.lines, strict=True):
-        exact = {name: credits_text(getattr(line, f"{name[8:]}_units")) for name in money}
-        writer.writerow([{**row, **exact}[name] for name in names])
+    rows = [_row(shown, line) for line in shown.lines]
+    from krea_dagster.spend.tables.query import SpendLine
+
+    writer.writerow(rows[0] if rows else _row(shown, SpendLine((None,) * len(shown.by))))
+    writer.writerows([_cell(value) for value in row.values()] for row in rows)
 
 
 def show_answer(answer: pa.Table, form: str) -> None:
     """Print the result of a query as a table, ``json`` or ``csv``."""
-    rows = [[_cell(value) for value in row.values()] for row in answer.to_pylist()]
+    columns = [map(_cell, column.to_pylist()) for column in answer.columns]
+    rows = list(zip(*columns, strict=True))
     if form == "json":
         show_json([dict(zip(answer.column_names, row, strict=True)) for row in rows])
     elif form == "csv":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
+from rich.highlighter import JSONHighlighter
 from rich.markup import escape
 
 from krea_dagster import redact
@@ -112,9 +115,15 @@ _SPEND_COUNTS: Final = (
 
 
 def show_json(figures: object) -> None:
-    """Print JSON on stdout."""
+    """Print JSON on stdout; a decimal becomes a number with all of its digits."""
     # In ASCII: terminals interpret some other characters as commands.
-    out.print_json(json.dumps(figures), ensure_ascii=True)
+    marked = json.dumps(figures, indent=2, default=lambda value: f"{_EXACT}{value:f}")
+    text = re.sub(f'"{_EXACT}([^"]*)"', r"\1", marked)
+    out.print(JSONHighlighter()(text), markup=False)
+
+
+#: Marks a number in a JSON text; no other text contains it.
+_EXACT: Final = secrets.token_hex(16)
 
 
 def printable(text: str) -> str:

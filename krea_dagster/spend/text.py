@@ -1,9 +1,11 @@
-"""Money and days as text for people."""
+"""Money, days and names of columns as text."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import date
-from decimal import Decimal
+from decimal import ROUND_HALF_UP, Context, Decimal
+from fractions import Fraction
 from typing import Final
 
 from krea_dagster.models import UNITS_PER_CREDIT
@@ -34,3 +36,27 @@ def credits_words(units: int) -> str:
 def day_words(day: date) -> str:
     """Return a day as text: ``7 May 2026``."""
     return f"{day.day} {day:%b %Y}"
+
+
+def dollars_of(units: int, rate: Fraction, places: int) -> Decimal:
+    """Return units in US dollars at ``rate`` credits per dollar, rounded once."""
+    exact = Fraction(units, UNITS_PER_CREDIT) / rate
+    digits = Context(prec=80)
+    quotient = digits.divide(Decimal(exact.numerator), Decimal(exact.denominator))
+    return quotient.quantize(Decimal(1).scaleb(-places), ROUND_HALF_UP, digits)
+
+
+def unique_names(names: Iterable[str]) -> list[str]:
+    """Return the names of a result's columns, each different from the others in any case.
+
+    The first keeps its name; a later one gets the next free number: ``day``, ``day_2``, ``Day_3``.
+    """
+    taken: set[str] = set()
+    found = []
+    for name in names:
+        unique, number = name, 2
+        while unique.lower() in taken:
+            unique, number = f"{name}_{number}", number + 1
+        taken.add(unique.lower())
+        found.append(unique)
+    return found

@@ -16,7 +16,7 @@ from krea_dagster.curation.gallery.filter import GalleryFilter, select_rows
 from krea_dagster.curation.gallery.page import write_gallery
 from krea_dagster.engine.budget import Budget
 from krea_dagster.spend.report.report import write_report
-from krea_dagster.spend.tables.query import SpendTables
+from krea_dagster.spend.tables.views import SpendTables
 from tests.curation.gallery.gallery_harness import HOSTILE, PROMPTS, GalleryProject
 from tests.spend.simulated_tables import simulated_year
 

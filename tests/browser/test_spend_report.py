@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]  # has none
 from playwright.sync_api import Browser, expect
 
-from krea_dagster.spend.report.sparkline import spend_sparkline
-from krea_dagster.spend.tables.query import SpendTables
+from krea_dagster.spend.report.sparkline import days_of, spend_sparkline
+from krea_dagster.spend.tables.views import SpendTables
 from tests.browser.pages import (
     DESK,
     PHONE,
@@ -148,7 +149,8 @@ def test_the_page_s_own_policy_lets_no_script_run(browser: Browser, report: Path
 def test_the_small_picture_is_drawn_as_an_image(
     browser: Browser, tables: SpendTables, tmp_path: Path
 ) -> None:
-    (tmp_path / "spend.svg").write_bytes(spend_sparkline(tables.daily))
+    with closing(tables.open()) as duck:
+        (tmp_path / "spend.svg").write_bytes(spend_sparkline(days_of(duck)))
     (tmp_path / "page.html").write_text("<img src='spend.svg' alt='spend'>")
     page = browser.new_page()
     page.goto((tmp_path / "page.html").as_uri())

@@ -73,6 +73,8 @@ EVERYTHING: dict[str, Any] = {
         "run_credits": 7.5,
         "day_credits": 20,
         "budgets": ["month=900", "column:day=5"],
+        "soft_budgets": ["month=800"],
+        "timezone": "Europe/Berlin",
         "patience_s": 600,
         "outage_patience_s": 60,
         "timeout_s": 30,

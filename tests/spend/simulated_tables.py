@@ -15,8 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from krea_dagster.spend.tables.query import SpendTables
+from krea_dagster.spend.tables.daily import daily_table
+from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
 from krea_dagster.spend.tables.sql import open_views
+from krea_dagster.spend.tables.views import SpendTables
 
 FIRST: Final = date(2025, 1, 1)
 DAYS: Final = 365
@@ -29,27 +31,18 @@ RUNAWAY: Final = date(2025, 9, 17)
 PRICES: Final = {"1K": (4_500, 4_800), "2K": (18_000, 19_200)}
 
 MONEY: Final = pa.decimal128(18, 4)
+#: The columns that are simulated; the others of a ledger are null.
 LEDGER: Final = pa.schema(
     [
-        ("sent_at", pa.timestamp("us", "UTC")),
-        ("day", pa.date32()),
-        ("run_id", pa.string()),
-        ("partition_key", pa.string()),
-        ("prompt_table", pa.string()),
-        ("prompt_id", pa.string()),
-        ("sample", pa.int32()),
-        ("attempt", pa.int32()),
-        ("request_key", pa.string()),
-        ("task_id", pa.string()),
-        ("quality", pa.string()),
-        ("size", pa.string()),
-        ("status", pa.string()),
-        ("outcome", pa.string()),
-        ("credits_reserved", MONEY),
-        ("credits_charged", MONEY),
-        ("credits_returned", MONEY),
-        ("credits_unknown", MONEY),
-        ("error_code", pa.string()),
+        *(
+            LEDGER_SCHEMA.field(name)
+            for name in (
+                *("sent_at", "day", "run_id", "partition_key", "prompt_table", "prompt_id"),
+                *("sample", "attempt", "request_key", "task_id", "quality", "size", "status"),
+                *("outcome", "credits_reserved", "credits_charged", "credits_returned"),
+                *("credits_unknown", "error_code"),
+            )
+        ),
         ("campaign", pa.string()),
     ]
 )
@@ -152,33 +145,19 @@ def money(units: np.ndarray, missing: np.ndarray | None = None) -> pa.Array:
 
 
 def tables_of(ledger: pa.Table) -> SpendTables:
-    """The daily tables that belong to a ledger, by plain SQL."""
-    with closing(open_views({"ledger": ledger})) as database:
-        daily = database.execute(_DAILY).to_arrow_table()
+    """The tables that belong to a ledger: ``daily`` by the measures, failures by plain SQL."""
+    for field in LEDGER_SCHEMA:
+        if field.name not in ledger.column_names:
+            one = pa.scalar(1, pa.int32()) if field.name == "rows" else pa.scalar(None, field.type)
+            ledger = ledger.append_column(field, pa.repeat(one, ledger.num_rows))
+    with closing(open_views({"month": ledger})) as database:
+        daily = daily_table(database, ["campaign"])
         failures = database.execute(_FAILURES).to_arrow_table()
     return SpendTables(ledger, daily, failures)
 
 
-_DAILY: Final = """
-select day, partition_key, quality, size, campaign, count(*) as images_asked,
-  count(*) filter (outcome in ('delivered', 'replaced')) as delivered,
-  count(*) filter (outcome = 'failed') as failed,
-  count(*) filter (outcome = 'refused') as refused,
-  count(*) filter (outcome = 'lost') as lost,
-  count(*) filter (outcome = 'unknown') as unknown,
-  count(*) filter (outcome = 'pending') as pending,
-  count(*) filter (outcome = 'replaced') as replaced,
-  0::bigint as reused,
-  coalesce(sum(credits_charged), 0)::decimal(18, 4) as credits_charged,
-  coalesce(sum(credits_returned), 0)::decimal(18, 4) as credits_returned,
-  sum(credits_unknown + if(outcome = 'pending', coalesce(credits_charged, 0), 0))
-    ::decimal(18, 4) as credits_at_stake,
-  0::decimal(18, 4) as credits_saved_by_reuse
-from ledger group by all order by all
-"""
-
 _FAILURES: Final = """
 select day, partition_key, quality, error_code, count(*) as count,
   (coalesce(sum(credits_charged), 0) + coalesce(sum(credits_unknown), 0))::decimal(18, 4) as credits
-from ledger where error_code is not null group by all order by all
+from month where error_code is not null group by all order by all
 """

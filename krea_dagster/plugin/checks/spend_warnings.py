@@ -91,7 +91,8 @@ def recent_warnings(
     if krea.has_journal():
         with krea.open_journal() as journal:
             proof = account_proof(journal)
-    history = observe(tables, now=now, budgets=budgets, account=proof)
+    every = [*budgets, *krea.soft_budgets()]
+    history = observe(tables, now=now, budgets=every, account=proof)
     since = now.astimezone(timezone.utc).date() - timedelta(days=_RECENT_DAYS)
     return [one for one in find_warnings(history, now) if one.until >= since]
 

@@ -7,12 +7,14 @@ quotients (dollars, credits per image) are rounded.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date, datetime, timedelta, timezone
+from contextlib import closing
+from datetime import date, datetime, time, timedelta, timezone
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, BinaryIO, Final
+from zoneinfo import ZoneInfo
 
 import jinja2
 from markupsafe import Markup
@@ -30,7 +32,7 @@ from krea_dagster.spend.report.charts import (
     month_chart,
 )
 from krea_dagster.spend.report.report_data import Period, ReportFigures, figures_of
-from krea_dagster.spend.tables.query import SpendTables
+from krea_dagster.spend.tables.views import SpendTables
 from krea_dagster.spend.text import CENT_UNITS, amount, credits_words, day_words, rough
 from krea_dagster.spend.warnings.anomaly import (
     Forecast,
@@ -38,6 +40,7 @@ from krea_dagster.spend.warnings.anomaly import (
     find_anomalies,
     forecast_month,
 )
+from krea_dagster.spend.warnings.budgets import BudgetLine, budget_lines
 from krea_dagster.spend.warnings.load_history import observe
 from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind, find_warnings
 
@@ -69,21 +72,41 @@ def write_report(
     by: Sequence[str] = (),
     account: AccountProof | None = None,
     prompts: Callable[[Sequence[str]], Mapping[str, str]] = lambda _: {},
+    soft: Sequence[Budget] = (),
+    since: date | None = None,
+    until: date | None = None,
+    zone: str = "UTC",
     title: str = "What the images cost",
 ) -> list[SpendWarning]:
     """Write the report to a file, atomically, or to an open binary one; return its warnings.
 
-    ``rate`` is credits per US dollar. ``caps`` are the budgets to compare with, of which those of a
-    day and a month are drawn. ``by`` names columns of ``daily`` to add up by. ``prompts`` returns
-    the texts of prompt_ids, where known. Raises ConfigError for an unknown column or an impossible
-    rate, and StorageError where the file cannot be written.
+    Args:
+        rate: Credits per US dollar.
+        caps: The hard budgets to compare with, of which those of a day and a month are drawn.
+        by: Columns to add up by.
+        prompts: Returns the texts of prompt_ids, where known.
+        soft: The budgets that only warn.
+        since: First day, in the time zone ``zone``, as is ``until``, the last one.
+
+    Raises:
+        ConfigError: for an unknown column or time zone, or an impossible rate.
+        StorageError: where the file cannot be written.
     """
     if not rate > 0:
         raise ConfigError(f"the rate must be credits per US dollar, more than 0, not {rate:g}")
-    figures = figures_of(tables, by=by, prompts=prompts, now=now)
-    history = observe(tables, now=now, budgets=caps, account=account)
-    warnings = find_warnings(history, now)
-    page = render(figures, warnings, now=now, rate=rate, caps=caps, title=title).encode()
+    figures = figures_of(
+        tables, by=by, prompts=prompts, now=now, since=since, until=until, zone=zone
+    )
+    if figures.today < now.astimezone(ZoneInfo(zone)).date():
+        # What was known at the end of the period, but for purchases that have settled since.
+        now = datetime.combine(figures.today, time.max, ZoneInfo(zone))
+    history = observe(tables, now=now, budgets=[*caps, *soft], account=account)
+    warnings = [one for one in find_warnings(history, now) if since is None or one.until >= since]
+    with closing(tables.open()) as duck:
+        budgets = budget_lines(duck, caps, soft, now)
+    page = render(
+        figures, warnings, now=now, rate=rate, caps=caps, title=title, zone=zone, budgets=budgets
+    ).encode()
     if isinstance(path, (str, Path)):
         write_page(Path(path), page, "the report")
     else:
@@ -99,9 +122,11 @@ def render(
     rate: float,
     caps: Sequence[Budget],
     title: str,
+    zone: str = "UTC",
+    budgets: Sequence[BudgetLine] = (),
 ) -> str:
-    """Return the page with these figures and warnings."""
-    today = now.astimezone(timezone.utc).date()
+    """Return the page with these figures, warnings and budgets."""
+    today = figures.today
     places = 4 if _needs_four(figures) else 2
     forecast = _forecast(figures, today)
     return (
@@ -112,8 +137,6 @@ def render(
             figures=figures,
             warnings=warnings,
             kinds=_KINDS,
-            month=figures.sum_since(today.replace(day=1)),
-            day=figures.sum_since(today),
             month_budget=next((cap for cap in caps if cap.kind == "month"), None),
             forecast=forecast,
             charts=_charts(figures, warnings, forecast, caps, today),
@@ -121,6 +144,8 @@ def render(
             caps=caps,
             now=now.astimezone(timezone.utc),
             today=today,
+            zone=zone,
+            budgets=budgets,
             rate=rate,
             money=lambda units: _money(units, places),
             usd=lambda units: _usd(units, rate),
@@ -149,7 +174,6 @@ def _charts(
     span = f"{day_words(days[0].start)} to {day_words(days[-1].start)}"
     day_caps = [BudgetMark("day’s budget", cap.units) for cap in caps if cap.kind == "day"]
     month_caps = [BudgetMark("month’s budget", cap.units) for cap in caps if cap.kind == "month"]
-    month = figures.sum_since(today.replace(day=1))
     drawn = {
         "days": daily_chart(
             days,
@@ -163,7 +187,7 @@ def _charts(
             month_caps,
             forecast,
             f"Line chart of the cumulative credits of {today:%B %Y}: "
-            f"{credits_words(month.committed_units)} so far.",
+            f"{credits_words(figures.month.committed_units)} so far.",
         ),
         "cost": cost_chart(
             figures.periods,
@@ -200,8 +224,8 @@ def _forecast(figures: ReportFigures, today: date) -> Forecast | None:
 
 def _needs_four(figures: ReportFigures) -> bool:
     """Return whether any sum has more than two decimals, so that columns are aligned."""
-    lines = [figures.total, *(period.line for period in figures.days), *figures.failures]
-    lines += [*figures.outcomes, *figures.prompts]
+    lines = [figures.total, *(period.line for period in figures.days)]
+    lines += [*figures.failures, *figures.outcomes, *figures.prompts]
     lines += [line for breakdown in figures.breakdowns for line in breakdown.lines]
     return any(
         line.charged_units % CENT_UNITS or line.at_stake_units % CENT_UNITS for line in lines

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
-from datetime import date, datetime, timedelta, timezone
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from datetime import date, datetime
+from functools import partial, reduce
+from typing import Final
+from zoneinfo import ZoneInfo
 
-import duckdb
-
-from krea_dagster.errors import ConfigError
-from krea_dagster.spend.tables.query import SpendTables
-from krea_dagster.spend.tables.sql import (
-    AT_STAKE,
-    COMMITTED,
-    IS_ACCEPTED,
-    count_of,
-    quoted,
-    units_of,
-)
+from krea_dagster.spend.tables.measures import WITHOUT_IMAGE
+from krea_dagster.spend.tables.query import SpendLine, sums
+from krea_dagster.spend.tables.views import SpendTables
 
 #: Rows of a breakdown, after which the others are added up in one row, and of the prompts.
 MOST_ROWS: Final = 12
@@ -41,37 +34,18 @@ OUTCOMES: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True)
-class ReportLine:
-    """One row of a table: counts of purchases, and units.
+class ReportLine(SpendLine):
+    """One row of a table."""
 
-    ``accepted`` counts delivered images that were not replaced, rejected or flagged.
-    ``at_stake_units`` may have been charged, or are paid for an image that is not stored yet;
-    ``open_units`` are only the former, which ``charged_units`` leaves out.
-    """
-
-    name: str
-    purchases: int = 0
-    delivered: int = 0
-    accepted: int = 0
-    charged_units: int = 0
-    at_stake_units: int = 0
-    open_units: int = 0
+    name: str = ""
     note: str = ""
     is_rest: bool = False
 
-    @property
-    def committed_units(self) -> int:
-        """Units that were charged, or may be charged."""
-        return self.charged_units + self.open_units
-
-    @property
-    def per_accepted_units(self) -> float | None:
-        """All that was charged, per accepted image."""
-        return self.charged_units / self.accepted if self.accepted else None
-
-
-#: The fields that are added up.
-_SUMS: Final = tuple(field.name for field in fields(ReportLine) if type(field.default) is int)
+    @classmethod
+    def of_line(cls, line: SpendLine, note: str = "") -> ReportLine:
+        """Return a line of sums as a row, named after the values that it is grouped by."""
+        name = ", ".join("(none)" if value is None else value for value in line.of)
+        return cls(**vars(line), name=shortened(name), note=note)
 
 
 @dataclass(frozen=True)
@@ -79,7 +53,7 @@ class Period:
     """The sums of a day, week or month that begins on ``start``."""
 
     start: date
-    line: ReportLine
+    line: SpendLine
 
 
 @dataclass(frozen=True)
@@ -93,17 +67,18 @@ class Breakdown:
 
 @dataclass(frozen=True)
 class ReportFigures:
-    """The figures that the report shows.
+    """The figures that the report shows, of the days from ``since`` to ``today``.
 
-    ``total`` is added up from the whole ledger. ``periods`` are days, weeks or months (``unit``
-    says which), depending on the time covered.
+    ``month`` and ``day`` are the sums of the month and of the day that it ends with. ``periods``
+    are days, weeks or months (``unit`` says which), depending on the time covered.
     """
 
     first: date
     last: date
-    total: ReportLine
-    returned_units: int
-    saved_units: int
+    today: date
+    total: SpendLine
+    month: SpendLine
+    day: SpendLine
     days: Sequence[Period]
     months: Sequence[Period]
     unit: str
@@ -113,10 +88,6 @@ class ReportFigures:
     outcomes: Sequence[ReportLine]
     prompts: Sequence[ReportLine]
 
-    def sum_since(self, start: date) -> ReportLine:
-        """Return the sums from a day on."""
-        return _added("", (period.line for period in self.days if period.start >= start))
-
 
 def figures_of(
     tables: SpendTables,
@@ -124,181 +95,107 @@ def figures_of(
     by: Sequence[str] = (),
     prompts: Callable[[Sequence[str]], Mapping[str, str]] = lambda _: {},
     now: datetime,
+    since: date | None = None,
+    until: date | None = None,
+    zone: str = "UTC",
 ) -> ReportFigures:
     """Add up the tables. ``prompts`` returns the texts of prompt_ids, where known.
 
-    Raises ConfigError for a column in ``by`` that ``daily`` does not have.
+    ``since`` and ``until`` are days of the time zone, both included. Raises ConfigError for a
+    column in ``by`` that does not exist.
     """
-    today = now.astimezone(timezone.utc).date()
-    with closing(tables.open()) as database:
-        names = _names(database, "daily")
-        if missing := [name for name in by if name not in names]:
-            raise ConfigError(
-                f"spend_daily has no column {', '.join(missing)}; it has {', '.join(names)}"
-            )
-        days = [
-            Period(row[0], _line(row))
-            for row in database.execute(
-                f"select day, {_ledger_sums(database)} from ledger group by day order by day"
-            ).fetchall()
-        ]
+    today = now.astimezone(ZoneInfo(zone)).date()
+    today = min(today, until or today)
+    with closing(tables.open(zone=zone)) as duck:
+        asked = partial(sums, duck, since=since, until=until)
+        days = _periods(asked(["day"]), date.fromisoformat)
         first = days[0].start if days else today
         last = days[-1].start if days else today
         unit = "day" if (last - first).days < 45 else "week"
         unit = "month" if (last - first).days > 200 else unit
-        breakdowns = [
-            _breakdown(database, "Quality and size", "Quality, size", ["quality", "size"]),
-            *(_breakdown(database, name, name, [name]) for name in by),
-        ]
+        months = _periods(asked(["month"]), _month_start)
+        periods = {"day": days, "month": months}.get(unit)
+        breakdowns = [("Quality and size", "Quality, size", ["quality", "size"])]
+        breakdowns += [(name, name, [name]) for name in by]
         if "partition_key" not in by:
-            breakdowns.append(_breakdown(database, "Partition", "Partition", ["partition_key"]))
+            breakdowns.append(("Partition", "Partition", ["partition_key"]))
         return ReportFigures(
             first=first,
             last=last,
-            total=_total(database),
-            returned_units=_units(database, "select sum(credits_returned) from ledger"),
-            saved_units=_units(database, "select sum(credits_saved_by_reuse) from daily"),
+            today=today,
+            total=asked()[0],
+            month=sums(duck, since=_later(since, today.replace(day=1)), until=until)[0],
+            day=sums(duck, since=_later(since, today), until=until)[0],
             days=days,
-            months=_grouped(days, lambda day: day.replace(day=1)),
+            months=months,
             unit=unit,
-            periods=_grouped(days, _STARTS[unit]),
-            breakdowns=breakdowns,
-            failures=_failures(database),
-            outcomes=_outcomes(database),
-            prompts=_costliest_prompts(database, prompts),
+            periods=_periods(asked(["week"]), _week_start) if periods is None else periods,
+            breakdowns=[
+                Breakdown(title, head, _with_rest(asked(columns)))
+                for title, head, columns in breakdowns
+            ],
+            failures=_failures(asked),
+            outcomes=_outcomes(asked(["outcome"], where="outcome <> 'delivered'")),
+            prompts=_costliest_prompts(asked, prompts),
         )
 
 
-_STARTS: Final[Mapping[str, Callable[[date], date]]] = {
-    "day": lambda day: day,
-    "week": lambda day: day - timedelta(days=day.weekday()),
-    "month": lambda day: day.replace(day=1),
-}
+def _periods(lines: Sequence[SpendLine], start_of: Callable[[str], date]) -> list[Period]:
+    return [Period(start_of(str(line.of[0])), line) for line in lines]
 
 
-def _ledger_sums(database: duckdb.DuckDBPyConnection) -> str:
-    # Tables of an earlier version have no verdict.
-    accepted = IS_ACCEPTED if "verdict" in _names(database, "ledger") else "outcome = 'delivered'"
-    return (
-        f"count(*), {count_of('delivered', 'replaced')}, count(*) filter ({accepted}), "
-        f"sum(credits_charged), {AT_STAKE}, sum(credits_unknown)"
-    )
+def _month_start(month: str) -> date:
+    return date.fromisoformat(f"{month}-01")
 
 
-def _daily_sums(database: duckdb.DuckDBPyConnection) -> str:
-    known = "accepted" in _names(database, "daily")
-    accepted = "sum(accepted)" if known else "sum(delivered) - sum(replaced)"
-    return (
-        f"sum(images_asked), sum(delivered), {accepted}, "
-        "sum(credits_charged), sum(credits_at_stake), null"
-    )
+def _week_start(week: str) -> date:
+    return date.fromisocalendar(int(week[:4]), int(week[-2:]), 1)
 
 
-def _names(database: duckdb.DuckDBPyConnection, table: str) -> list[str]:
-    return [row[0] for row in database.execute(f"describe {table}").fetchall()]
+def _later(since: date | None, day: date) -> date:
+    return day if since is None else max(since, day)
 
 
-def _line(row: Sequence[Any]) -> ReportLine:
-    return ReportLine(
-        shortened(row[0]),
-        purchases=int(row[1] or 0),
-        delivered=int(row[2] or 0),
-        accepted=int(row[3] or 0),
-        charged_units=units_of(row[4]),
-        at_stake_units=units_of(row[5]),
-        open_units=units_of(row[6]),
-    )
+def _with_rest(
+    lines: Sequence[SpendLine],
+    rank: Callable[[SpendLine], tuple[int, ...]] = lambda line: (
+        -line.charged_units,
+        -line.at_stake_units,
+    ),
+) -> Sequence[ReportLine]:
+    """Return the rows in their order; those beyond the first ones are added up in one."""
+    rows = sorted(map(ReportLine.of_line, lines), key=lambda row: (*rank(row), row.name))
+    if len(rows) <= MOST_ROWS + 1:
+        return rows
+    rest = rows[MOST_ROWS:]
+    added = reduce(lambda one, other: one.plus(other), rest)
+    name = f"{len(rest):,} others"
+    return [*rows[:MOST_ROWS], replace(added, name=name, is_rest=True)]
 
 
-def _total(database: duckdb.DuckDBPyConnection) -> ReportLine:
-    (row,) = database.execute(f"select 'All', {_ledger_sums(database)} from ledger").fetchall()
-    return _line(row)
+def _failures(asked: Callable[..., list[SpendLine]]) -> Sequence[ReportLine]:
+    lines = asked(["error_code"], where=f"outcome IN {WITHOUT_IMAGE}")
+    named = [replace(line, of=(line.of[0] or "no code",)) for line in lines]
+    return _with_rest(named, lambda line: (-line.purchases,))
 
 
-def _units(database: duckdb.DuckDBPyConnection, query: str) -> int:
-    ((credits,),) = database.execute(query).fetchall()
-    return units_of(credits)
-
-
-def _breakdown(
-    database: duckdb.DuckDBPyConnection, title: str, head: str, columns: Sequence[str]
-) -> Breakdown:
-    name = " || ', ' || ".join(
-        f"coalesce(cast({quoted(column)} as varchar), '(none)')" for column in columns
-    )
-    rows = database.execute(
-        f"select {name}, {_daily_sums(database)} from daily group by 1 "
-        "order by sum(credits_charged) desc, sum(credits_at_stake) desc, 1"
-    ).fetchall()
-    return Breakdown(title, head, _with_rest([_line(row) for row in rows]))
-
-
-def _with_rest(lines: Sequence[ReportLine]) -> Sequence[ReportLine]:
-    """Add up the lines beyond the first ones in one line."""
-    if len(lines) <= MOST_ROWS + 1:
-        return lines
-    rest = lines[MOST_ROWS:]
-    return [*lines[:MOST_ROWS], _added(f"{len(rest):,} others", rest)]
-
-
-def _failures(database: duckdb.DuckDBPyConnection) -> Sequence[ReportLine]:
-    rows = database.execute(
-        "select coalesce(error_code, 'no code'), sum(count), sum(credits) from failures "
-        "group by 1 order by 2 desc, 1"
-    ).fetchall()
-    return _with_rest(
-        [
-            ReportLine(shortened(name), purchases=int(count), charged_units=units_of(credits))
-            for name, count, credits in rows
-        ]
-    )
-
-
-def _outcomes(database: duckdb.DuckDBPyConnection) -> list[ReportLine]:
-    rows = database.execute(
-        f"select outcome, count(*), sum(credits_charged), {AT_STAKE} from ledger "
-        "where outcome <> 'delivered' group by 1"
-    ).fetchall()
-    found = {row[0]: row for row in rows}
-    order = [*OUTCOMES, *sorted(set(found) - set(OUTCOMES))]
-    return [
-        ReportLine(
-            OUTCOMES.get(name, name),
-            purchases=int(found[name][1]),
-            charged_units=units_of(found[name][2]),
-            at_stake_units=units_of(found[name][3]),
-        )
-        for name in order
-        if name in found
+def _outcomes(lines: Sequence[SpendLine]) -> list[ReportLine]:
+    order = list(OUTCOMES)
+    rows = [
+        replace(ReportLine.of_line(line), name=OUTCOMES.get(str(line.of[0]), str(line.of[0])))
+        for line in lines
     ]
+    return sorted(
+        rows, key=lambda row: order.index(str(row.of[0])) if row.of[0] in OUTCOMES else len(order)
+    )
 
 
 def _costliest_prompts(
-    database: duckdb.DuckDBPyConnection, prompts: Callable[[Sequence[str]], Mapping[str, str]]
+    asked: Callable[..., list[SpendLine]], prompts: Callable[[Sequence[str]], Mapping[str, str]]
 ) -> list[ReportLine]:
-    rows = database.execute(
-        f"select prompt_id, {_ledger_sums(database)} from ledger "
-        "where prompt_id is not null group by 1 order by "
-        f"{COMMITTED} desc, 1 "
-        f"limit {MOST_PROMPTS}"
-    ).fetchall()
-    texts = prompts([row[0] for row in rows]) if rows else {}
-    return [replace(_line(row), note=shortened(texts.get(row[0], ""))) for row in rows]
-
-
-def _grouped(days: Iterable[Period], start_of: Callable[[date], date]) -> list[Period]:
-    groups: dict[date, list[ReportLine]] = {}
-    for period in days:
-        groups.setdefault(start_of(period.start), []).append(period.line)
-    return [Period(start, _added("", lines)) for start, lines in groups.items()]
-
-
-def _added(name: str, lines: Iterable[ReportLine]) -> ReportLine:
-    sums: dict[str, Any] = dict.fromkeys(_SUMS, 0)
-    for line in lines:
-        for field in _SUMS:
-            sums[field] += getattr(line, field)
-    return ReportLine(name, **sums, is_rest=bool(name))
+    lines = asked(["prompt_id"], where="prompt_id IS NOT NULL", most=MOST_PROMPTS)
+    texts = prompts([str(line.of[0]) for line in lines]) if lines else {}
+    return [ReportLine.of_line(line, shortened(texts.get(str(line.of[0]), ""))) for line in lines]
 
 
 def shortened(value: object) -> str:

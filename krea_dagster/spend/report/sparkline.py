@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Mapping
 from datetime import date, timedelta
 from typing import Final
 
 import svg
 
 from krea_dagster.spend.report.charts import svg_text
-from krea_dagster.spend.tables.query import Table
-from krea_dagster.spend.tables.sql import open_views, units_of
+from krea_dagster.spend.tables.sql import DuckDB, units_of
 from krea_dagster.spend.text import amount, day_words
 
 #: Days that are drawn, up to the last with purchases.
@@ -31,13 +30,14 @@ _STYLE: Final = (
 )
 
 
-def spend_sparkline(daily: Table) -> bytes:
-    """Return an SVG of the credits charged on each of the last 60 days; under 20 KB, no script."""
-    with closing(open_views({"daily": daily})) as database:
-        found = database.execute(
-            "select day, sum(credits_charged) from daily group by day order by day"
-        ).fetchall()
-    by_day: dict[date, int] = {day: units_of(credits) for day, credits in found}
+def days_of(duck: DuckDB) -> dict[date, int]:
+    """Return the units that were charged on each day."""
+    found = duck.execute("SELECT day, credits_charged FROM spend_by_day").fetchall()
+    return {day: units_of(credits) for day, credits in found}
+
+
+def spend_sparkline(by_day: Mapping[date, int]) -> bytes:
+    """Return an SVG of the units charged on each of the last 60 days; under 20 KB, no script."""
     elements: list[svg.Element] = [
         svg.Style(text=_STYLE),
         svg.Rect(width=_WIDTH, height=_HEIGHT, class_=["p"]),
@@ -58,7 +58,7 @@ def spend_sparkline(daily: Table) -> bytes:
     return str(image).encode()
 
 
-def _bars(by_day: dict[date, int]) -> list[svg.Element]:
+def _bars(by_day: Mapping[date, int]) -> list[svg.Element]:
     last = max(by_day)
     first = max(min(by_day), last - timedelta(days=DAYS - 1))
     count = (last - first).days + 1

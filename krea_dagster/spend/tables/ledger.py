@@ -1,8 +1,4 @@
-"""The ledger: one row per purchase, a Parquet file per UTC month, made in DuckDB from the journal.
-
-DuckDB computes in whole numbers (units, microseconds). They become decimals and times only when the
-file is written, so no sum is rounded.
-"""
+"""The ledger: one row per purchase, a Parquet file per UTC month, made from the journal."""
 
 from __future__ import annotations
 
@@ -12,18 +8,16 @@ from fractions import Fraction
 from typing import BinaryIO, Final
 
 import duckdb
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from krea_dagster.engine.journal.purchase_reads import DAY_US
 from krea_dagster.engine.policy import REJECTED
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.spend.tables.measures import CREDITS, USD
+from krea_dagster.spend.tables.sql import units_of
+from krea_dagster.spend.text import dollars_of
 
-CREDITS: Final = pa.decimal128(18, 4)
-USD: Final = pa.decimal128(18, 6)
 _TIME: Final = pa.timestamp("us", tz="UTC")
 
 _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
@@ -84,15 +78,12 @@ def _sql(states: tuple[State, ...]) -> str:
 _FREE: Final = _sql((State.PLANNED, State.DEFERRED, State.REFUSED))
 
 
-def make_month(duck: duckdb.DuckDBPyConnection, raw: str, rate: Fraction) -> None:
+def make_month(duck: duckdb.DuckDBPyConnection, raw: str) -> None:
     """Create the table ``month`` from ``raw`` (PURCHASE_SCHEMA), ``listed`` and ``reviewed``.
 
-    ``rate`` is credits per US dollar. Numbers are whole: units, microseconds, 1/1,000,000 dollars.
-    The additional columns of ``listed`` follow.
+    The additional columns of ``listed`` follow those of the ledger; dollars come with the file.
     """
     codes = ", ".join(f"'{code}'" for code in REJECTED_CODES)
-    # Dollars in millionths are units × 100 ÷ rate, to the nearest.
-    dividend, divisor = 200 * rate.denominator, 2 * rate.numerator
     duck.execute(
         f"""
         CREATE OR REPLACE TEMP TABLE month AS
@@ -105,7 +96,8 @@ def make_month(duck: duckdb.DuckDBPyConnection, raw: str, rate: Fraction) -> Non
             FROM {raw}
         )
         SELECT
-            sent_at, submitted_at, completed_at, settled_at, sent_at // {DAY_US} AS day,
+            {", ".join(f"{_time(name)} AS {name}" for name in _TIMES)},
+            CAST({_time("sent_at")} AS DATE) AS day,
             run_id, stated.partition_key, stated.prompt_table, prompt_id, sample,
             coalesce(rows, 0) AS rows,
             attempt, number, request_key, idempotency_key, task_id, model, quality, size, seed,
@@ -121,27 +113,52 @@ def make_month(duck: duckdb.DuckDBPyConnection, raw: str, rate: Fraction) -> Non
                 ELSE 'refused'
             END AS outcome,
             CASE WHEN status = 'stored' THEN reviewed.verdict END AS verdict,
-            reserved_units AS credits_reserved,
-            charged AS credits_charged,
-            if(charged IS NULL, NULL, coalesce(reserved_units - charged, 0)) AS credits_returned,
-            if(charged IS NULL, committed_units, 0) AS credits_unknown,
-            CAST((CAST(charged AS HUGEINT) * {dividend} + {rate.numerator}) // {divisor} AS BIGINT)
-                AS usd_charged,
+            {_credits("reserved_units")} AS credits_reserved,
+            {_credits("charged")} AS credits_charged,
+            if(charged IS NULL, NULL, {_credits("coalesce(reserved_units - charged, 0)")})
+                AS credits_returned,
+            {_credits("if(charged IS NULL, committed_units, 0)")} AS credits_unknown,
             billing_rule, user_group,
             CASE WHEN status IN ('stored', 'planned') THEN NULL ELSE code END AS error_code,
-            (completed_at - submitted_at) / 1e6 AS latency_s,
+            epoch_us({_time("completed_at")} - {_time("submitted_at")}) / 1e6 AS latency_s,
             listed.* EXCLUDE (request_key, prompt_id, sample, rows, replaced)
         FROM stated LEFT JOIN listed USING (request_key) LEFT JOIN reviewed USING (request_key)
         """
     )
 
 
-def month_table(duck: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
-    """Yield the rows of ``month`` in the ledger's schema, in the order of sending."""
-    names = ", ".join(LEDGER_SCHEMA.names)
-    found = duck.sql(f"SELECT {names} FROM month ORDER BY sent_at, idempotency_key")
-    for batch in in_groups(pa.RecordBatchReader.from_stream(found)):
-        yield typed(batch, LEDGER_SCHEMA)
+_TIMES: Final = ("sent_at", "submitted_at", "completed_at", "settled_at")
+
+
+def _time(column: str) -> str:
+    """Return microseconds since 1970 as a time."""
+    return f"make_timestamptz({column})"
+
+
+def _credits(units: str) -> str:
+    """Return units as credits, exactly."""
+    return f"CAST({units} AS DECIMAL(18, 0)) * CAST('0.0001' AS DECIMAL(4, 4))"
+
+
+def month_table(duck: duckdb.DuckDBPyConnection, rate: Fraction) -> Iterator[pa.Table]:
+    """Yield the rows of ``month`` in the ledger's schema, in the order of sending.
+
+    ``rate`` is credits per US dollar.
+    """
+    # What each charge that occurs is in dollars; there are few of them.
+    found = duck.sql("SELECT DISTINCT credits_charged FROM month WHERE credits_charged IS NOT NULL")
+    charges = [row[0] for row in found.fetchall()]
+    dollars = [dollars_of(units_of(one), rate, USD.scale) for one in charges]
+    table = pa.table({"credits_charged": pa.array(charges, CREDITS), "usd": pa.array(dollars, USD)})
+    duck.execute("DROP TABLE IF EXISTS dollars")
+    duck.from_arrow(table).create("dollars")
+    names = ", ".join(LEDGER_SCHEMA.names).replace("usd_charged", "usd AS usd_charged")
+    rows = duck.sql(
+        f"SELECT {names} FROM month LEFT JOIN dollars USING (credits_charged) "
+        "ORDER BY sent_at, idempotency_key"
+    )
+    for part in in_groups(pa.RecordBatchReader.from_stream(rows)):
+        yield part.cast(LEDGER_SCHEMA)
 
 
 def in_groups(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
@@ -158,35 +175,6 @@ def in_groups(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
             rows -= _ROW_GROUP
     if rows:
         yield pa.Table.from_batches(held).combine_chunks()
-
-
-def typed(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Convert whole numbers to the decimals, times and days of a schema."""
-    columns = []
-    for field in schema:
-        column = table[field.name].combine_chunks()
-        if pa.types.is_decimal(field.type):
-            column = decimals(column.cast(pa.int64()), field.type)
-        elif pa.types.is_timestamp(field.type):
-            column = column.cast(pa.int64()).cast(field.type)
-        elif pa.types.is_date(field.type):
-            column = column.cast(pa.int32()).cast(field.type)
-        else:
-            column = column.cast(field.type)
-        columns.append(column)
-    return pa.Table.from_arrays(columns, schema=schema)
-
-
-def decimals(units: pa.Array, kind: pa.DataType) -> pa.Array:
-    """Convert whole numbers of a decimal's smallest part to that decimal, exactly."""
-    low = np.asarray(units.fill_null(0).to_numpy(zero_copy_only=False), np.int64)
-    words = np.empty((len(low), 2), np.int64)
-    words[:, 0], words[:, 1] = low, low >> 63
-    mask = None
-    if units.null_count:
-        bits = np.packbits(np.asarray(pc.is_valid(units)), bitorder="little")
-        mask = pa.py_buffer(bits)
-    return pa.Array.from_buffers(kind, len(low), [mask, pa.py_buffer(words)])
 
 
 def write_table(storage: Storage, name: str, schema: pa.Schema, parts: Iterator[pa.Table]) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import date
 from fractions import Fraction
-from typing import Final, TypeAlias
+from functools import partial
+from typing import Any, Final
 
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from typing_extensions import Self
 
 from krea_dagster import redact
 from krea_dagster.engine.storage.storage import Storage
@@ -21,180 +23,218 @@ from krea_dagster.file_systems import Options, open_for_arrow, open_url
 from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.spend.tables.daily import DAILY_SCHEMA, FAILURES_SCHEMA
 from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
-from krea_dagster.spend.tables.sql import AT_STAKE, IS_ACCEPTED, count_of, open_views, quoted
+from krea_dagster.spend.tables.measures import selected
+from krea_dagster.spend.tables.sql import DuckDB, Parts, quoted, units_of
+from krea_dagster.spend.tables.views import PARTITION, PARTITION_SQL, SpendTables, Table
+from krea_dagster.spend.text import unique_names
 
-#: The types of a table that DuckDB reads.
-Table: TypeAlias = pa.Table | ds.Dataset
+#: Columns to sum by that are computed, in addition to those of the ledger and the prompt table.
+MADE: Final = {
+    PARTITION: PARTITION_SQL,
+    "week": "strftime(day, '%G-W%V')",
+    "month": "strftime(day, '%Y-%m')",
+    "year": "strftime(day, '%Y')",
+}
 
-#: Columns to sum by that are computed, in addition to those of the ledger and the manifest.
-_MADE: Final = {"month": "strftime(day, '%Y-%m')", "year": "strftime(day, '%Y')"}
+#: In front of the name of a column of the prompt table that the ledger has under the same name.
+OF_PROMPTS: Final = "prompt_"
 
 
 @dataclass(frozen=True)
 class SpendLine:
-    """One line of sums: the values that they are grouped by, counts of purchases, money in units.
+    """One line of sums: the values that they are grouped by, and measures, with money in units.
 
-    ``delivered`` includes images that were replaced since; ``accepted`` leaves out those, and those
-    that a reviewer has rejected or flagged. ``at_stake_units`` may have been charged, or are paid
-    for an image that is not stored yet.
+    The measures are those of ``measures.py``; ``open_units`` are its ``credits_unknown``.
     """
 
-    of: tuple[str | None, ...]
-    purchases: int
-    delivered: int
-    failed: int
-    refused: int
-    lost: int
-    rejected: int
-    unknown: int
-    pending: int
-    replaced: int
-    accepted: int
-    charged_units: int
-    returned_units: int
-    at_stake_units: int
+    of: tuple[str | None, ...] = ()
+    purchases: int = 0
+    delivered: int = 0
+    replaced: int = 0
+    accepted: int = 0
+    failed: int = 0
+    refused: int = 0
+    lost: int = 0
+    rejected: int = 0
+    unknown: int = 0
+    pending: int = 0
+    reused: int = 0
+    charged_units: int = 0
+    returned_units: int = 0
+    open_units: int = 0
+    at_stake_units: int = 0
+    committed_units: int = 0
+    saved_units: int = 0
 
     def usd(self, rate: Fraction) -> Fraction:
         """Return the charge in US dollars, at ``rate`` credits per dollar."""
         return Fraction(self.charged_units, 10_000) / rate
 
     @property
+    def each_units(self) -> float | None:
+        """All that was charged, per delivered image."""
+        return self.charged_units / self.delivered if self.delivered else None
+
+    @property
     def per_accepted_units(self) -> float | None:
         """All that was charged, also for rejected images, per accepted image."""
         return self.charged_units / self.accepted if self.accepted else None
 
+    def plus(self, other: SpendLine) -> Self:
+        """Return the sums of both, under the values of this one."""
+        return replace(
+            self, **{name: getattr(self, name) + getattr(other, name) for name in FIGURES}
+        )
 
-#: The figures of a line, in their order.
+
+#: The names of the measures of a line, in their order, and the measures.
 FIGURES: Final = tuple(field.name for field in fields(SpendLine))[1:]
-
-_SUMS: Final = f"""
-    count(*),
-    {count_of("delivered", "replaced")},
-    {count_of("failed")},
-    {count_of("refused")},
-    {count_of("lost")},
-    {count_of("rejected")},
-    {count_of("unknown")},
-    {count_of("pending")},
-    {count_of("replaced")},
-    count(*) FILTER ({IS_ACCEPTED}),
-    CAST(coalesce(sum(credits_charged), 0) * 10000 AS BIGINT),
-    CAST(coalesce(sum(credits_returned), 0) * 10000 AS BIGINT),
-    CAST({AT_STAKE} * 10000 AS BIGINT)
-"""
+_MEASURES: Final = {"open_units": "credits_unknown", "saved_units": "credits_saved_by_reuse"}
+_SUMS: Final = selected(
+    _MEASURES.get(name, f"credits_{name[:-6]}" if name.endswith("_units") else name)
+    for name in FIGURES
+)
 
 
-@dataclass(frozen=True)
-class SpendTables:
-    """The three spend tables, and the number of months that have files."""
-
-    ledger: Table
-    daily: Table
-    failures: Table
-    months: int = 0
-
-    def open(self, **views: Table) -> duckdb.DuckDBPyConnection:
-        """Open a DuckDB with the tables, and others, as views."""
-        own = {"ledger": self.ledger, "daily": self.daily, "failures": self.failures}
-        return open_views({**own, **views})
-
-
-def stored_tables(storage: Storage) -> SpendTables:
-    """Open the spend tables, empty ones without files. Raises OSError."""
+def stored_tables(storage: Storage, *, manifest: bool = True) -> SpendTables:
+    """Open the spend tables and the manifests, empty ones without files. Raises OSError."""
+    read = partial(stored_table, storage)
     return SpendTables(
-        stored_table(storage, "spend/ledger", LEDGER_SCHEMA),
-        stored_table(storage, "spend/daily", DAILY_SCHEMA),
-        stored_table(storage, "spend/failures", FAILURES_SCHEMA),
+        read("spend/ledger", LEDGER_SCHEMA),
+        read("spend/daily", DAILY_SCHEMA),
+        read("spend/failures", FAILURES_SCHEMA),
+        read("manifest", MANIFEST_SCHEMA) if manifest else MANIFEST_SCHEMA.empty_table(),
         months=sum(name.endswith(".parquet") for name in storage.names("spend/ledger")),
     )
 
 
 def open_tables(
-    storage: Storage, prompts: str | None = None, prompts_options: Options | None = None
-) -> duckdb.DuckDBPyConnection:
-    """Open a DuckDB with the views ``ledger``, ``daily``, ``failures``, ``manifest``, ``prompts``.
+    storage: Storage,
+    prompts: str | None = None,
+    prompts_options: Options | None = None,
+    *,
+    manifest: bool = True,
+    zone: str = "UTC",
+) -> DuckDB:
+    """Open a DuckDB with the views of ``views.py``.
 
-    ``prompts`` is the source of the prompt table, opened with ``prompts_options``. Nothing else can
-    be read, and nothing written. Raises ConfigError.
+    ``prompts`` is the source of the prompt table, opened with ``prompts_options``. Without
+    ``manifest`` its files are not opened. Nothing else can be read, and nothing written. Raises
+    ConfigError.
     """
-    views = {"manifest": stored_table(storage, "manifest", MANIFEST_SCHEMA)}
+    further: dict[str, Table] = {}
     if prompts is not None:
-        views["prompts"] = _prompts(prompts, prompts_options)
-    return stored_tables(storage).open(**views)
+        further["prompts"] = _prompts(prompts, prompts_options)
+    return stored_tables(storage, manifest=manifest).open(zone=zone, **further)
 
 
-def run_query(duck: duckdb.DuckDBPyConnection, query: str) -> pa.Table:
-    """Return the result of one SELECT. Raises ConfigError for anything else."""
+def run_query(duck: DuckDB, query: str) -> pa.Table:
+    """Return the result of one SELECT, with unique names. Raises ConfigError for anything else."""
     try:
         statements = duck.extract_statements(query)
         if len(statements) != 1:
             raise ConfigError(f"the query has {len(statements)} statements; give one")
         if statements[0].type != duckdb.StatementType.SELECT:
             raise ConfigError("only SELECT is allowed; the tables are made from the journal")
-        return duck.sql(query).to_arrow_table()
+        found = duck.sql(query).to_arrow_table()
+        return found.rename_columns(unique_names(found.column_names))
     except (duckdb.Error, pa.ArrowException, OSError, ValueError) as error:
         raise ConfigError(f"the query failed: {error}") from error
 
 
 def sums(
-    duck: duckdb.DuckDBPyConnection,
+    duck: DuckDB,
     by: Sequence[str] = (),
     *,
     since: date | None = None,
     until: date | None = None,
+    where: str = "true",
+    most: int | None = None,
 ) -> list[SpendLine]:
     """Return sums grouped by some columns, in their order; one line without columns.
 
-    A column is one of the ledger, of the manifest (with the table's passthrough columns), ``month``
-    or ``year``. ``since`` and ``until`` are UTC days, both included. Raises ConfigError.
+    ``since`` and ``until`` are days, both included. ``where`` is a condition in SQL. With ``most``
+    only the lines with the highest commitment, the highest first. Raises ConfigError.
     """
-    ledger, manifest = (_columns(duck, view) for view in ("ledger", "manifest"))
-    further = [name for name in by if name not in _MADE and name not in ledger]
-    if missing := [name for name in further if name not in manifest]:
-        own = [*_MADE, *ledger, *(name for name in manifest if name not in ledger)]
-        raise ConfigError(
-            f"cannot sum by {missing[0]!r}: no such column; there are {', '.join(own)}"
-        )
-    names = [f"CAST({_MADE.get(name) or quoted(name)} AS VARCHAR)" for name in by]
-    source = "ledger"
-    if further:
-        source = _with_columns(further)
-    keys = "".join(f"{name}, " for name in names)
-    grouped = f"GROUP BY {', '.join(names)} ORDER BY {', '.join(names)}" if by else ""
+    source, names = _grouping(duck, by)
+    keys = "".join(f"CAST({name} AS VARCHAR) AS key_{at}, " for at, name in enumerate(names))
+    order = ", ".join(f"key_{at}" for at in range(len(by)))
+    grouped = f"GROUP BY {order} ORDER BY {order}" if by else ""
+    if by and most is not None:
+        grouped = f"GROUP BY {order} ORDER BY credits_committed DESC, {order} LIMIT {most}"
     low, high = since or date(1970, 1, 1), until or date(9999, 12, 31)
     found = duck.execute(
-        f"SELECT {keys}{_SUMS} FROM {source} WHERE day BETWEEN ? AND ? {grouped}", [low, high]
+        f"SELECT {keys}{_SUMS} FROM {source} WHERE day BETWEEN ? AND ? AND ({where}) {grouped}",
+        [low, high],
     ).fetchall()
-    return [SpendLine(tuple(row[: len(by)]), *row[len(by) :]) for row in found]
+    return [_line(row, len(by)) for row in found]
+
+
+def _line(row: Sequence[Any], keys: int) -> SpendLine:
+    figures = (
+        units_of(value) if name.endswith("_units") else int(value)
+        for name, value in zip(FIGURES, row[keys:], strict=True)
+    )
+    return SpendLine(tuple(row[:keys]), *figures)
+
+
+def _grouping(duck: DuckDB, by: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the source of sums by these columns, and each column as an expression."""
+    ledger = _columns(duck, "ledger")
+    if not set(by) - MADE.keys() - set(ledger):
+        return "ledger", [MADE.get(name) or quoted(name) for name in by]
+    of_table = columns_of_table(duck)
+    names, further = [], []
+    for name in by:
+        if name in MADE or name in ledger:
+            names.append(MADE.get(name) or quoted(name))
+            continue
+        column = of_table.get(name)
+        if column is None:
+            raise ConfigError(
+                f"cannot sum by {name!r}: no such column; there are "
+                f"{', '.join([*MADE, *ledger, *of_table])}"
+            )
+        further.append(column)
+        names.append(f"today.{quoted(column)}")
+    return _with_columns(list(dict.fromkeys(further))), names
+
+
+def columns_of_table(duck: DuckDB) -> dict[str, str]:
+    """Return the columns of the manifests by the name under which they are summed.
+
+    It is their own, or starts with ``prompt_`` where the ledger, or a computed column, has that.
+    """
+    taken = {*MADE, *_columns(duck, "ledger")}
+    found = [name for name in _columns(duck, "manifest") if name not in MANIFEST_SCHEMA.names]
+    own = {name: name for name in found if name not in taken}
+    prefixed = {f"{OF_PROMPTS}{name}": name for name in found if name in taken}
+    requested = [name for name in MANIFEST_SCHEMA.names if name not in taken]
+    return {**{name: name for name in requested}, **prefixed, **own}
 
 
 def _with_columns(names: Sequence[str]) -> str:
-    """Return the ledger with columns of the manifest.
+    """Return the ledger with columns of the manifest, as the row ``today``.
 
     They are those of the row that requests the image: tables that share a journal may have rows of
     the same prompt_id. The manifest does not list earlier attempts; theirs are those of the row.
     """
-    first = ", ".join(
-        f"arg_min({quoted(name)}, (prompt_id, sample)) AS {quoted(name)}" for name in names
-    )
-    any_of = ", ".join(f"any_value({quoted(name)}) AS {quoted(name)}" for name in names)
-    chosen = ", ".join(
-        f"if(asked.request_key IS NULL, named.{quoted(name)}, asked.{quoted(name)}) AS "
-        f"{quoted(name)}"
-        for name in names
-    )
+    packed = ", ".join(f"{quoted(name)} := {quoted(name)}" for name in names)
     return f"""(
-        SELECT ledger.*, {chosen} FROM ledger
-        LEFT JOIN (SELECT request_key, {first} FROM manifest GROUP BY request_key) AS asked
-            ON asked.request_key = ledger.request_key
+        SELECT ledger.*, coalesce(asked.today, named.today) AS today FROM ledger
         LEFT JOIN (
-            SELECT prompt_id, sample, {any_of} FROM manifest GROUP BY prompt_id, sample
+            SELECT request_key, arg_min(struct_pack({packed}), (prompt_id, sample)) AS today
+            FROM manifest GROUP BY request_key
+        ) AS asked ON asked.request_key = ledger.request_key
+        LEFT JOIN (
+            SELECT prompt_id, sample, any_value(struct_pack({packed})) AS today
+            FROM manifest GROUP BY prompt_id, sample
         ) AS named ON named.prompt_id = ledger.prompt_id AND named.sample = ledger.sample
     )"""
 
 
-def _columns(duck: duckdb.DuckDBPyConnection, view: str) -> list[str]:
-    return list(duck.sql(f"SELECT * FROM {view} LIMIT 0").columns)
+def _columns(duck: DuckDB, view: str) -> list[str]:
+    return list(duck.sql(f"SELECT * FROM {quoted(view)} LIMIT 0").columns)
 
 
 def _prompts(source: str, options: Options | None) -> Table:
@@ -244,19 +284,42 @@ def dataset_of(
 ) -> Table:
     """Open Parquet files as one table with the columns of ``schema`` and of all files.
 
-    Rows are read when they are used. Raises ConfigError where types disagree.
+    Rows are read when they are used. Files whose columns have types without a common one are parts
+    of their own, and those columns are read as text.
     """
-    found = [open_for_arrow(location, options) for location in locations]
-    for fs, path in found:
-        schema = _unified(schema, pq.read_schema(path, filesystem=fs))
-    if not found:
+    groups: list[tuple[pa.Schema, list[str]]] = []
+    as_text: set[str] = set()
+    fs: Any = None
+    for location in locations:
+        fs, path = open_for_arrow(location, options)
+        own = pq.read_schema(path, filesystem=fs).remove_metadata()
+        for number, (together, paths) in enumerate(groups):
+            if (both := _unified(together, own)) is not None:
+                groups[number] = (both, [*paths, path])
+                break
+        else:
+            as_text |= {name for other, _ in groups for name in _differing(other, own)}
+            groups.append((_unified(schema, own) or own, [path]))
+    if not groups:
         return schema.empty_table()
-    paths = [path for _, path in found]
-    return ds.dataset(paths, schema=schema, format="parquet", filesystem=found[0][0])
+    tables = [
+        ds.dataset(paths, schema=one, format="parquet", filesystem=fs) for one, paths in groups
+    ]
+    return tables[0] if len(tables) == 1 else Parts(tables, frozenset(as_text))
 
 
-def _unified(left: pa.Schema, right: pa.Schema) -> pa.Schema:
+def _unified(left: pa.Schema, right: pa.Schema) -> pa.Schema | None:
     try:
-        return pa.unify_schemas([left, right.remove_metadata()], promote_options="permissive")
-    except pa.ArrowTypeError as error:
-        raise ConfigError(f"columns of the files have different types: {error}") from error
+        return pa.unify_schemas([left, right], promote_options="permissive")
+    except pa.ArrowTypeError:
+        return None
+
+
+def _differing(left: pa.Schema, right: pa.Schema) -> list[str]:
+    """Return the columns whose types have no common one."""
+    both = [name for name in left.names if name in right.names]
+    return [
+        name
+        for name in both
+        if _unified(pa.schema([left.field(name)]), pa.schema([right.field(name)])) is None
+    ]

@@ -1,38 +1,19 @@
-"""DuckDB for the spend tables: connections, and the SQL expressions that several queries share."""
+"""DuckDB for the spend tables: connections, names and amounts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import duckdb
 
-from krea_dagster.engine.verdict import FLAG, REJECT
+DuckDB: TypeAlias = duckdb.DuckDBPyConnection
 
 #: Bytes that DuckDB holds before it writes to disk.
 _MEMORY: Final = "400MB"
-
-#: A purchase whose image counts as accepted: delivered, not replaced by a later attempt, and
-#: neither rejected nor flagged. Without any verdict, that is all that was delivered and not
-#: replaced.
-IS_ACCEPTED: Final = (
-    f"outcome = 'delivered' AND coalesce(verdict, '') NOT IN ('{REJECT}', '{FLAG}')"
-)
-
-#: Credits that may have been charged, or were paid for an image that is not stored yet.
-AT_STAKE: Final = (
-    "coalesce(sum(credits_unknown + if(outcome = 'pending', coalesce(credits_charged, 0), 0)), 0)"
-)
-
-#: Credits that were charged, or may be charged.
-COMMITTED: Final = "coalesce(sum(credits_charged), 0) + coalesce(sum(credits_unknown), 0)"
-
-
-def count_of(*outcomes: str) -> str:
-    """Return the expression that counts the purchases with these outcomes."""
-    return f"count(*) FILTER (outcome IN ({', '.join(map(repr, outcomes))}))"
 
 
 def quoted(name: str) -> str:
@@ -45,7 +26,7 @@ def units_of(credits: Decimal | None) -> int:
     return 0 if credits is None else int(credits.scaleb(4))
 
 
-def open_duck(folder: Path | None = None) -> duckdb.DuckDBPyConnection:
+def open_duck(folder: Path | None = None) -> DuckDB:
     """Open a DuckDB in memory that loads no extension, and spills into a folder."""
     duck = duckdb.connect(
         ":memory:",
@@ -58,14 +39,45 @@ def open_duck(folder: Path | None = None) -> duckdb.DuckDBPyConnection:
             "python_enable_replacements": "false",
         },
     )
-    duck.execute("SET TimeZone = 'UTC'")
+    # The bar would be printed into the result of a notebook or of python -c.
+    duck.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
     return duck
 
 
-def open_views(views: Mapping[str, Any]) -> duckdb.DuckDBPyConnection:
-    """Open a DuckDB with Arrow tables or datasets as views. It can read and write nothing else."""
+def open_views(views: Mapping[str, Any], sql: Mapping[str, str] | None = None) -> DuckDB:
+    """Open a DuckDB with Arrow tables or datasets as views. It can read and write nothing else.
+
+    ``sql`` defines further views on top of them.
+    """
     duck = open_duck()
     for name, rows in views.items():
-        duck.register(name, rows)
+        register(duck, name, rows)
+    for name, query in (sql or {}).items():
+        duck.execute(f"CREATE VIEW {quoted(name)} AS {query}")
     duck.execute("SET enable_external_access = false; SET lock_configuration = true")
     return duck
+
+
+def register(duck: DuckDB, name: str, rows: Any) -> None:
+    """Make an Arrow table or dataset a view; several become one (``Parts``)."""
+    if not isinstance(rows, Parts):
+        duck.register(name, rows)
+        return
+    selects = []
+    for number, part in enumerate(rows.tables):
+        duck.register(f"{name}_{number}", part)
+        names = part.schema.names
+        as_text = ", ".join(
+            f"CAST({quoted(one)} AS VARCHAR) AS {quoted(one)}" for one in rows.as_text & {*names}
+        )
+        replaced = f" REPLACE ({as_text})" if as_text else ""
+        selects.append(f"SELECT *{replaced} FROM {quoted(f'{name}_{number}')}")
+    duck.execute(f"CREATE VIEW {quoted(name)} AS {' UNION ALL BY NAME '.join(selects)}")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Tables that are read as one. Columns whose types differ between them are read as text."""
+
+    tables: Sequence[Any]
+    as_text: frozenset[str]

@@ -11,7 +11,7 @@ from krea_dagster.engine.journal.purchase_reads import PurchaseTotals
 from krea_dagster.engine.storage.storage import Storage
 
 #: Raised with every change of the files' content: then all of them are made again.
-FORMAT: Final = 4
+FORMAT: Final = 5
 
 STATE_NAME: Final = "spend/state.json"
 

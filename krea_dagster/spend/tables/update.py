@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from fractions import Fraction
 from pathlib import Path
 from typing import Final
 
@@ -91,7 +92,7 @@ def update_spend(
     columns or another journal all months are made again, as with ``rebuild``. Needs no network.
     Raises JournalError, and ConfigError for a column that does not exist.
     """
-    schema = daily_schema(by)
+    daily_schema(by)  # refuses a name that is taken
     rate = exact_rate(credits_per_usd)
     now_us = microseconds(now or datetime.now(timezone.utc))
     known = None if rebuild else SpendState.read(storage)
@@ -120,9 +121,9 @@ def update_spend(
             spool.fill(purchases(connection, None if touched == totals.keys() else touched))
         for month in sorted(touched):
             duck.register("raw", spool.reader(month))
-            make_month(duck, "raw", rate)
+            make_month(duck, "raw")
             duck.unregister("raw")
-            labels[month] = _write_month(duck, storage, month, by, schema)
+            labels[month] = _write_month(duck, storage, month, by, rate)
         removed = _remove_others(storage, totals.keys())
         # An event from a clock that is ahead must not hide later ones.
         taken_until_us = min(newest_event(connection), now_us)
@@ -207,12 +208,12 @@ def _write_month(
     storage: Storage,
     month: str,
     by: Sequence[str],
-    schema: pa.Schema,
+    rate: Fraction,
 ) -> str:
     """Write the files of the table ``month``; return its label."""
     parts = {
-        "ledger": (LEDGER_SCHEMA, month_table(duck)),
-        "daily": (schema, iter([daily_table(duck, by)])),
+        "ledger": (LEDGER_SCHEMA, month_table(duck, rate)),
+        "daily": (daily_schema(by), iter([daily_table(duck, by)])),
         "failures": (FAILURES_SCHEMA, iter([failures_table(duck)])),
     }
     for table, (kind, rows) in parts.items():

@@ -1,0 +1,93 @@
+"""The views of the spend tables: what all surfaces read, and what a query with ``--sql`` can name.
+
+| view | a row is |
+|---|---|
+| ``ledger`` | a purchase |
+| ``daily`` | the measures of a UTC day, partition, table, quality, size, and the user's columns |
+| ``failures`` | the purchases without an image of a UTC day, partition, quality, error code |
+| ``manifest`` | a row of the manifests, with the prompt table's columns as they are today |
+| ``prompts`` | a row of the prompt table |
+| ``spend_by_day`` | the measures of a day |
+| ``spend_by_partition`` | the measures of a day and a partition (``partition``) |
+| ``spend_by_price`` | the purchases (``calls``) of a day and quality at one ``price`` |
+
+The measures are those of ``measures.py``, under their names. A day is that of the time zone that
+the views were opened with; those of ``daily`` and ``failures`` are always UTC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+from zoneinfo import ZoneInfo
+
+from krea_dagster.engine.journal.prompt_table_log import GENERATED
+from krea_dagster.errors import ConfigError
+from krea_dagster.manifest import MANIFEST_SCHEMA
+from krea_dagster.spend.tables.measures import selected
+from krea_dagster.spend.tables.sql import DuckDB, open_views, quoted
+
+#: What DuckDB reads as a table: an Arrow table, a dataset, or ``Parts``.
+Table: TypeAlias = Any
+
+#: The column with the name of a purchase's partition: if several prompt tables share the journal,
+#: its key comes after the name of its table.
+PARTITION: Final = "partition"
+PARTITION_SQL: Final = f"""
+    if(
+        prompt_table IS NULL OR starts_with(prompt_table, '{GENERATED}') OR 1 >= (
+            SELECT count(DISTINCT prompt_table) FROM ledger
+            WHERE NOT starts_with(prompt_table, '{GENERATED}')
+        ),
+        partition_key, prompt_table || '/' || partition_key
+    )
+"""
+
+#: The views that are made of the ledger.
+_SUMS: Final[Mapping[str, str]] = {
+    "spend_by_day": f"SELECT day, {selected()} FROM ledger GROUP BY day ORDER BY day",
+    "spend_by_partition": (
+        f"SELECT day, {PARTITION_SQL} AS {PARTITION}, {selected()} FROM ledger "
+        "GROUP BY ALL ORDER BY ALL"
+    ),
+    "spend_by_price": (
+        "SELECT day, quality, credits_charged AS price, count(*) AS calls FROM ledger "
+        "WHERE credits_charged > 0 GROUP BY ALL ORDER BY ALL"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SpendTables:
+    """The three spend tables, the manifests, and the number of months that have files."""
+
+    ledger: Table
+    daily: Table
+    failures: Table
+    manifest: Table = field(default_factory=MANIFEST_SCHEMA.empty_table)
+    months: int = 0
+
+    def open(self, *, zone: str = "UTC", **further: Table) -> DuckDB:
+        """Open a DuckDB with the views, and ``further`` tables. Raises ConfigError for a zone."""
+        tables: dict[str, Table] = {
+            "daily": self.daily,
+            "failures": self.failures,
+            "manifest": self.manifest,
+            **further,
+        }
+        if is_utc(zone):
+            return open_views({"ledger": self.ledger, **tables}, _SUMS)
+        day = f"CAST(timezone('{zone}', sent_at) AS DATE)"
+        local = f"SELECT * REPLACE ({day} AS day) FROM {quoted('ledger of UTC')}"
+        return open_views({"ledger of UTC": self.ledger, **tables}, {"ledger": local, **_SUMS})
+
+
+def is_utc(zone: str) -> bool:
+    """Return whether a time zone is UTC. Raises ConfigError for one that does not exist."""
+    try:
+        return ZoneInfo(zone).key in ("UTC", "Etc/UTC")
+    except (ValueError, OSError, KeyError):
+        raise ConfigError(
+            f"{zone!r} is not a time zone; use a name such as Europe/Berlin"
+        ) from None
