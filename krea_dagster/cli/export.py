@@ -130,6 +130,21 @@ published, 2 invalid usage or nothing to export.
     help="Mark PNG, JPEG and WebP files as generated, in their metadata (IPTC).",
 )
 @click.option(
+    "--certificate",
+    envvar="KREA_C2PA_CERTIFICATE",
+    metavar="FILE",
+    help=(
+        "Sign the files with content credentials (C2PA): the certificate, and those it was issued "
+        "under, as PEM. Needs the extra c2pa.  [$KREA_C2PA_CERTIFICATE]"
+    ),
+)
+@click.option(
+    "--private-key",
+    envvar="KREA_C2PA_PRIVATE_KEY",
+    metavar="FILE",
+    help="The certificate's key as PEM.  [$KREA_C2PA_PRIVATE_KEY]",
+)
+@click.option(
     "--embed-parameters",
     is_flag=True,
     help="Write prompt, seed and other parameters into PNG files.",
@@ -172,6 +187,8 @@ def export_command(
     quality: int | None,
     longest_side: int | None,
     mark: bool,
+    certificate: str | None,
+    private_key: str | None,
     embed_parameters: bool,
     sidecars: bool,
     captions: bool,
@@ -210,6 +227,8 @@ def export_command(
         quality=quality,
         longest_side=longest_side,
         mark=mark,
+        certificate=certificate,
+        private_key=private_key,
         embed_parameters=embed_parameters,
         sidecars=sidecars,
         license=license_name,

@@ -182,6 +182,14 @@ class ExportSettings(YamlSection):
         default=True,
         description="Mark PNG, JPEG and WebP files as generated, in their metadata (IPTC).",
     )
+    certificate: str | None = Field(
+        default=None,
+        description=(
+            "PEM file of a certificate, and those it was issued under: signs the files with "
+            "content credentials (C2PA). Needs the extra c2pa."
+        ),
+    )
+    private_key: str | None = Field(default=None, description="PEM file of the certificate's key.")
     embed_parameters: bool = Field(
         default=False, description="Write prompt, seed and so on into PNG files, as text."
     )

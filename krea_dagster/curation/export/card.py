@@ -286,12 +286,14 @@ def _about_files(facts: DatasetFacts) -> list[str]:
         )
     if edits.converts:
         lines.append(f"- JPEG and WebP files that were encoded have the quality {edits.quality}")
-    if edits.source_type is not None:
+    if edits.mark:
         term = edits.source_type.rpartition("/")[2]
         lines.append(
             f"- PNG, JPEG and WebP files say that they were generated: their XMP has the IPTC "
             f"property `DigitalSourceType` with the value `{term}`"
         )
+    if edits.credentials is not None:
+        lines.append("- The files have content credentials (C2PA), which say what made the images")
     if edits.parameters:
         lines.append(
             "- The PNG files contain the generation's parameters in the text chunk `parameters`"

@@ -98,6 +98,7 @@ class ImageEntry:
     sha256: str
     location: str
     record: dict[str, Any]
+    model: str
     parameters: str | None
 
 
@@ -152,6 +153,7 @@ class ShardContent:
                     facts["image_sha256"][place],
                     location,
                     record,
+                    facts["model"][place] or "",
                     parameters,
                 )
             )
@@ -206,9 +208,10 @@ def _edited(content: ShardContent, item: ImageEntry, storage: Storage) -> Export
     if not content.edits.changes_files:
         return ExportedImage(item, data, ExportedFile(item.sha256, len(data)))
     try:
-        return ExportedImage.of(item, content.edits.apply(data, item.parameters))
+        edited = content.edits.apply(data, ending_of(item.file), item.model, item.parameters)
     except DECODE_ERRORS as error:
-        return _bad(content, item, f"cannot be converted: {error}")
+        return _bad(content, item, f"cannot be exported: {error}")
+    return ExportedImage.of(item, edited)
 
 
 def _read(content: ShardContent, item: ImageEntry, storage: Storage) -> bytes | BadImage:

@@ -1,18 +1,19 @@
 """What an export changes in image files: format, size, and what is written into them.
 
-The steps are in this order: convert, write the parameters (PNG), mark as generated, sign.
+In this order: convert, write the parameters (PNG), mark as generated, sign.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Final
 
 import pyarrow as pa
 from PIL import Image
 
+from krea_dagster.curation.export.content_credentials import ContentCredentials
 from krea_dagster.curation.export.file_metadata import (
     BY_ALGORITHM,
     BY_MODEL,
@@ -29,36 +30,41 @@ EMULATOR: Final = "an emulator"
 _ALL_COLOURS: Final = 90
 #: The modes that every format here can have, but JPEG no transparency.
 _MODES: Final = frozenset({"L", "RGB", "RGBA"})
+_FORMAT_OF: Final = {ending: name for name, ending in FORMATS.items()}
 #: The keyword of the parameters, which image viewers look for.
 _KEYWORD: Final = "parameters"
-#: The columns that describe the file, and so change with it.
-_ABOUT_FILE: Final = ("width", "height", "image_format")
 
 
 @dataclass(frozen=True)
 class ImageEdits:
     """What an export changes in image files.
 
-    ``image_format`` (Pillow's name) and ``longest_side`` are None where they stay as they are;
-    ``source_type`` is None where files are not marked.
+    ``image_format`` (Pillow's name) and ``longest_side`` are None where they stay as they are.
+    ``source_type`` is how the images came about, by IPTC; with ``mark`` the files say it.
     """
 
     image_format: str | None = None
     quality: int = 95
     longest_side: int | None = None
     parameters: bool = False
-    source_type: str | None = None
+    mark: bool = False
+    source_type: str = BY_MODEL
+    credentials: ContentCredentials | None = None
 
     @classmethod
     def of(cls, spec: ExportSpec, origin: str = "") -> ImageEdits:
         """Return the edits of an export whose images come from ``origin``."""
-        made_by = BY_ALGORITHM if origin == EMULATOR else BY_MODEL
+        credentials = None
+        if spec.certificate is not None and spec.private_key is not None:
+            credentials = ContentCredentials(spec.certificate, spec.private_key)
         return cls(
             image_format=spec.image_format and spec.image_format.upper(),
             quality=spec.quality or cls.quality,
             longest_side=spec.longest_side,
             parameters=spec.embed_parameters,
-            source_type=made_by if spec.mark else None,
+            mark=spec.mark,
+            source_type=BY_ALGORITHM if origin == EMULATOR else BY_MODEL,
+            credentials=credentials,
         )
 
     @property
@@ -69,11 +75,20 @@ class ImageEdits:
     @property
     def changes_files(self) -> bool:
         """Whether files may differ from the stored ones."""
-        return self != ImageEdits(quality=self.quality)
+        return self.converts or self.parameters or self.mark or self.credentials is not None
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether a file takes much longer than to read it."""
+        return self.converts or self.credentials is not None
 
     def settings(self) -> list[Any]:
-        """Return all settings, as JSON: equal ones make equal files."""
-        return [getattr(self, one.name) for one in fields(self)]
+        """Return all settings, as JSON: equal ones make equal files, except for signatures."""
+        return [
+            *(self.image_format, self.quality, self.longest_side, self.parameters, self.mark),
+            self.source_type,
+            self.credentials and self.credentials.certificate_sha256,
+        ]
 
     def ending(self, stored: str) -> str:
         """Return the extension of an exported file by that of the stored one."""
@@ -102,12 +117,22 @@ class ImageEdits:
             table = _replaced(table, "image_format", [self.image_format] * len(table))
         return table
 
-    def apply(self, data: bytes, parameters: str | None) -> bytes:
-        """Return the exported file of a stored one. Raises what Pillow raises for a bad one."""
+    def apply(self, data: bytes, ending: str, model: str, parameters: str | None = None) -> bytes:
+        """Return the exported file of a stored one, which gets the extension ``ending``.
+
+        Raises what Pillow raises for a bad file, and ValueError for one that cannot be signed.
+        """
         data = self._converted(data) if self.converts else data
         if parameters is not None:
             data = with_png_text(data, _KEYWORD, parameters)
-        return data if self.source_type is None else with_source_type(data, self.source_type)
+        if self.mark:
+            data = with_source_type(data, self.source_type)
+        if self.credentials is None:
+            return data
+        made_by = model if self.source_type == BY_MODEL else "an emulator of EvoLink's API"
+        return self.credentials.sign(
+            data, _FORMAT_OF[ending], made_by=made_by, source_type=self.source_type
+        )
 
     def _converted(self, data: bytes) -> bytes:
         """Return the image in its format and size, or the file itself if it has them."""

@@ -128,7 +128,7 @@ class ShardBuilder:
 
     def _in_order(self, editors: Executor, ahead: int) -> InOrder:
         """Return how the images of a shard are read: a few ahead, where that takes long."""
-        if not self.rows.edits.converts:
+        if not self.rows.edits.is_slow:
             return map
         return lambda function, items: in_order(editors, function, items, ahead)
 

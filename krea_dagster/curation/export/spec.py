@@ -49,6 +49,9 @@ class ExportSpec:
         quality: Of JPEG and WebP files that are encoded, 1 to 100; 95 by default.
         longest_side: Make larger images smaller, so that their longer side has these pixels.
         mark: Mark the files as generated, in their metadata (IPTC); the pixels do not change.
+        certificate: PEM file of a certificate and those it was issued under, to sign the files with
+            content credentials (C2PA); needs the extra ``c2pa``.
+        private_key: PEM file of the certificate's key.
         embed_parameters: Write prompt, seed and other parameters into PNG files.
         sidecars: Write a JSON file next to each image file.
         captions: Write the prompt as a text file next to each image file.
@@ -76,6 +79,8 @@ class ExportSpec:
     quality: int | None = None
     longest_side: int | None = None
     mark: bool = True
+    certificate: str | None = None
+    private_key: str | None = field(default=None, repr=False)
     embed_parameters: bool = False
     sidecars: bool = False
     captions: bool = False
@@ -102,6 +107,8 @@ class ExportSpec:
             )
 
     def _check_images(self) -> None:
+        if (self.certificate is None) != (self.private_key is None):
+            raise ConfigError("content credentials need both a certificate and its private key")
         if self.image_format not in (None, *IMAGE_FORMATS):
             raise ConfigError(
                 f"images cannot be converted to {self.image_format!r}; use one of "

@@ -111,7 +111,7 @@ def image_file(mode: str, image_format: str, **options: Any) -> bytes:
 
 
 def converted(data: bytes, **edits: Any) -> Image.Image:
-    image = Image.open(io.BytesIO(ImageEdits(**edits).apply(data, None)))
+    image = Image.open(io.BytesIO(ImageEdits(**edits).apply(data, "", "")))
     image.load()
     return image
 
@@ -141,7 +141,7 @@ def test_the_colour_profile_is_kept_and_quality_decides_the_size() -> None:
     data = image_file("RGB", "PNG", icc_profile=b"a profile" * 20)
     assert converted(data, image_format="JPEG").info["icc_profile"] == b"a profile" * 20
     sizes = [
-        len(ImageEdits(image_format="JPEG", quality=quality).apply(data, None))
+        len(ImageEdits(image_format="JPEG", quality=quality).apply(data, "", ""))
         for quality in (20, 80, 95)
     ]
     assert sizes == sorted(sizes)
