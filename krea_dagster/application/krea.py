@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from krea_dagster.application.quotes import Quoted
     from krea_dagster.application.run import Ran
     from krea_dagster.application.spend import Spend
+    from krea_dagster.application.verdicts import ImportedVerdicts
     from krea_dagster.curation.export.export import Exported
     from krea_dagster.curation.export.spec import ExportSpec
     from krea_dagster.curation.gallery.filter import GalleryFilter
@@ -324,7 +325,49 @@ class Krea(Backend):
             with self.open_journal() as journal:
                 found = [asdict(one) for one in journal.verdicts.current().values()]
         frame: pd.DataFrame = pd.DataFrame(found)
-        return frame
+        shown: pd.DataFrame = frame.drop(columns=["annotates", "tag_change"], errors="ignore")
+        return shown
+
+    def export_verdicts(self, path: Path, *, history: bool = False) -> int:
+        """Write the verdicts, with tags and notes, to a CSV or Parquet file.
+
+        Args:
+            path: The file; its name ends with ``.csv`` or ``.parquet``.
+            history: Write every verdict that was ever given, instead of those that count.
+
+        Returns:
+            The number of rows.
+
+        Raises:
+            ConfigError: if there is no journal.
+            InputError: for another name.
+            StorageError: if the file cannot be written.
+        """
+        from krea_dagster.application.verdicts import export_verdicts
+
+        return export_verdicts(self, path, history=history)
+
+    def import_verdicts(self, paths: Sequence[Path], *, reviewer: str = "") -> ImportedVerdicts:
+        """Add the verdicts of CSV or Parquet files: all of them, or none if a row is wrong.
+
+        On each image the last verdict by time counts. Rows that are here already, that are older
+        than the verdict here, or whose image is not here, are counted and left out, so a repeated
+        import changes nothing.
+
+        Args:
+            paths: Files as ``export_verdicts`` writes them. A row needs one of ``image_sha256``,
+                ``request_key`` and ``prompt_id`` (with ``sample``), and a verdict, tags or a note.
+                A row without ``reviewed_at`` is from now.
+            reviewer: Who reviewed the rows without a reviewer.
+
+        Raises:
+            ConfigError: if there is no journal.
+            InputError: names every row that is wrong; nothing is imported.
+            JournalError: if the journal cannot be written.
+        """
+        from krea_dagster.application.verdicts import import_verdicts
+
+        return import_verdicts(self, paths, reviewer=reviewer)
 
     def curate(self, curation: Curation | None = None) -> Curated:
         """Measure all stored images, find near-duplicates, and write the accepted images.

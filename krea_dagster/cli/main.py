@@ -41,6 +41,7 @@ _COMMANDS: Final = {
     "review": ("cli.review:review_command", "Keep, reject or flag images."),
     "salvage": ("cli.materialize:salvage_command", "Collect what is paid for; buy nothing."),
     "spend": ("cli.spend:spend_command", "Say where the credits went."),
+    "verdicts": ("cli.verdicts:verdicts_group", "Write verdicts to a file, or read them."),
     "verify": ("cli.verify:verify_command", "Prove that every credit is accounted for."),
 }
 

@@ -362,9 +362,9 @@ callbacks: Final = Table(
     Index("ix_callbacks_last_at", "last_at"),
 )
 
-#: Verdicts of people on images, in order: the last one on an image counts. Triggers prevent changes
-#: and removals. A verdict belongs to the file with this hash; the other columns say what the file
-#: was made for at the time.
+#: Verdicts of people on images, in order: the last one on an image counts, with its tags and its
+#: note. Triggers prevent changes and removals. A verdict belongs to the file with this hash; the
+#: other columns say what the file was made for at the time.
 verdicts: Final = Table(
     "verdicts",
     metadata,
@@ -381,6 +381,11 @@ verdicts: Final = Table(
     Column("attempt", Integer, nullable=False),
     Column("partition_key", Text, nullable=False),
     Column("table_id", String(32), nullable=False, default="", server_default=text("''")),
+    Column("note", Text),
+    # Separated by commas; null, as in older rows, means none.
+    Column("tags", Text),
+    # Whether only tags or note are new: verdict and reason repeat those of the row before.
+    Column("annotates", Boolean, nullable=False, default=False, server_default=false()),
     CheckConstraint(_one_of("verdict", list(VERDICTS)), name="verdict"),
     Index("ix_verdicts_image", "image_sha256", "number"),
     Index("ix_verdicts_prompt_id", "prompt_id"),

@@ -1,7 +1,11 @@
 """Verdicts on images: who kept, rejected or flagged which image, and when. Append only.
 
-The last verdict on an image counts; the earlier ones are its history. The caller chooses the id of
-a verdict, so that a verdict that is sent again, because no answer came, is stored once.
+The last verdict on an image counts; the earlier ones are its history. Tags and a note belong to a
+verdict. A row that only annotates repeats the verdict before it: readers of the last row need to
+know nothing of it, and the verdict that counts keeps its reviewer and time (``said_after``).
+
+The caller chooses the id of a verdict, so that a verdict that is sent again, because no answer
+came, is stored once.
 
 PostgreSQL assigns numbers before it commits. A reader could see number 8, continue from there, and
 never see number 7. So a writer locks the table until its commit: numbers become visible in order,
@@ -11,7 +15,7 @@ and readers never wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -21,9 +25,20 @@ from krea_dagster.engine.clock import SystemClock
 from krea_dagster.engine.journal.database import Database, DatabaseLog
 from krea_dagster.engine.journal.rows import chunks, rows_with
 from krea_dagster.engine.journal.schema import verdicts
-from krea_dagster.engine.verdict import FLAG, KEEP, NONE, REJECT, VERDICTS, Verdict
+from krea_dagster.engine.verdict import (
+    FLAG,
+    KEEP,
+    NONE,
+    REJECT,
+    TAG_SEPARATORS,
+    VERDICTS,
+    TagChange,
+    Verdict,
+)
 
-__all__ = ["FLAG", "KEEP", "NONE", "REJECT", "VERDICTS", "Verdict", "VerdictLog"]
+__all__ = ["FLAG", "KEEP", "NONE", "REJECT", "VERDICTS", "TagChange", "Verdict", "VerdictLog"]
+
+_COMMA: Final = TAG_SEPARATORS[0]
 
 #: From this number of images on, reading the verdicts of all images is faster.
 _MANY: Final = 5000
@@ -55,8 +70,9 @@ class VerdictLog(DatabaseLog):
     def add(self, given: Sequence[Verdict]) -> list[Verdict]:
         """Add verdicts in one durable commit, and return them with their numbers and times.
 
-        Two verdicts on one image keep the order of ``given``. A verdict whose id exists is not
-        added again: the existing one is returned instead.
+        Two verdicts on one image keep the order of ``given``. What a verdict leaves out is taken
+        from the one before it (``Verdict.after``). A verdict whose id exists is not added again:
+        the existing one is returned instead. Raises InputError where an image gets too many tags.
         """
         if not given:
             return []
@@ -68,10 +84,16 @@ class VerdictLog(DatabaseLog):
             wanted = list(dict.fromkeys(one.verdict_id for one in given))
             known = _by_id(connection, wanted)
             at = self._now()  # with the lock held, so that times have the order of the numbers
+            last = self._last(connection, {one.image_sha256 for one in given})
             new: dict[str, Verdict] = {}
             for one in given:
                 if one.verdict_id not in known and one.verdict_id not in new:
-                    new[one.verdict_id] = replace(one, at=one.at or at)
+                    before = last.get(one.image_sha256)
+                    # On one image, times have the order of the numbers, although the clocks of
+                    # several machines may differ.
+                    now = at if before is None or before.at is None else max(at, before.at)
+                    stored = replace(one.after(before), at=one.at or now)
+                    new[one.verdict_id] = last[one.image_sha256] = stored
             if new:
                 connection.execute(insert(verdicts), [_row(one) for one in new.values()])
                 known |= _by_id(connection, list(new))
@@ -85,16 +107,41 @@ class VerdictLog(DatabaseLog):
         Images without a verdict are left out.
         """
         wanted = None if image_sha256s is None else set(image_sha256s)
-        found: list[Verdict] = []
+        return {
+            sha256: one for sha256, one in self.annotated(wanted).items() if one.verdict != NONE
+        }
+
+    def annotated(self, image_sha256s: Iterable[str] | None = None) -> dict[str, Verdict]:
+        """Return what ``current`` does, and images that only have tags or a note, or had a verdict.
+
+        Their verdict is ``none``.
+        """
+        wanted = None if image_sha256s is None else set(image_sha256s)
+        with self._database.read() as connection:
+            last = self._last(connection, wanted)
+            annotations = {sha256 for sha256, one in last.items() if one.annotates}
+            judged = self._last(connection, annotations, of=_JUDGED) if annotations else {}
+        return {sha256: one.said_after(judged.get(sha256)) for sha256, one in last.items()}
+
+    @staticmethod
+    def _last(
+        connection: Connection,
+        wanted: set[str] | None,
+        of: Select[Any] | None = None,
+    ) -> dict[str, Verdict]:
+        """Return the last row of these images, or of all."""
+        numbers = _ALL if of is None else of
+        rows: list[Any] = []
         if wanted is None or len(wanted) > _MANY:
-            found = self._read(_last_of(_ALL))
+            rows += connection.execute(_last_of(numbers))
         else:
             for chunk in chunks(sorted(wanted)):
-                found += self._read(_last_of(_ALL.where(verdicts.c.image_sha256.in_(chunk))))
+                some = numbers.where(verdicts.c.image_sha256.in_(chunk))
+                rows += connection.execute(_last_of(some))
         return {
-            one.image_sha256: one
-            for one in found
-            if one.verdict != NONE and (wanted is None or one.image_sha256 in wanted)
+            row.image_sha256: _verdict(row)
+            for row in rows
+            if wanted is None or row.image_sha256 in wanted
         }
 
     def history(
@@ -123,6 +170,8 @@ class VerdictLog(DatabaseLog):
 _EVERY: Final[Select[Any]] = select(verdicts).order_by(verdicts.c.number)
 #: The number of each image's last verdict.
 _ALL: Final = select(func.max(verdicts.c.number)).group_by(verdicts.c.image_sha256)
+#: The same, without rows that only annotate.
+_JUDGED: Final = _ALL.where(verdicts.c.annotates.is_(False))
 
 
 def _last_of(numbers: Select[Any]) -> Select[Any]:
@@ -136,10 +185,16 @@ def _by_id(connection: Connection, verdict_ids: Iterable[str]) -> dict[str, Verd
 
 def _row(one: Verdict) -> dict[str, Any]:
     """Return the row without its number, which the database assigns."""
-    row = asdict(one)
-    del row["number"]
+    row = {name: value for name, value in vars(one).items() if name not in _NOT_STORED}
+    row["tags"] = _COMMA.join(one.tags or ()) or None
     return row
 
 
+#: The number is assigned by the database, and a change of tags is stored as its result.
+_NOT_STORED: Final = frozenset({"number", "tag_change"})
+
+
 def _verdict(row: Any) -> Verdict:
-    return Verdict(**row._asdict())
+    columns = row._asdict()
+    columns["tags"] = tuple(columns["tags"].split(_COMMA)) if columns["tags"] else ()
+    return Verdict(**columns)

@@ -15,7 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from krea_dagster.engine.journal.journal import Journal
-from krea_dagster.engine.journal.verdict_log import Verdict, VerdictLog
+from krea_dagster.engine.journal.verdict_log import TagChange, Verdict, VerdictLog
 from krea_dagster.errors import InputError, JournalError
 from tests.engine.journal import first_release
 from tests.engine.journal.first_release import engine_of
@@ -66,7 +66,7 @@ def test_a_verdict_is_stored_with_number_and_time(log: VerdictLog) -> None:
     given = on(1, "reject", reason="six fingers", sample=2, attempt=1)
     (kept,) = log.add([given])
     assert (kept.number, kept.at) == (1, NOON)
-    assert kept == Verdict(**{**vars(given), "number": 1, "at": NOON})
+    assert kept == Verdict(**{**vars(given), "number": 1, "at": NOON, "tags": ()})
     assert log.current() == {sha256(1): kept}
     assert log.last_number() == 1
 
@@ -129,6 +129,87 @@ def test_a_reader_continues_from_the_last_number(log: VerdictLog) -> None:
 def test_a_journal_has_a_verdict_log(journal: Journal) -> None:
     journal.verdicts.add([on(1)])
     assert set(journal.verdicts.current()) == {sha256(1)}
+
+
+# -- tags and notes ---------------------------------------------------------------------------
+
+
+def tagged(number: int, *tags: str, remove: tuple[str, ...] = (), **further: object) -> Verdict:
+    """An annotation that adds and removes tags of an image."""
+    change = TagChange(tags, remove)
+    return on(number, "none", annotates=True, tag_change=change, **further)
+
+
+def test_tags_and_a_note_stay_with_the_image_when_its_verdict_changes(log: VerdictLog) -> None:
+    log.add([on(1, "flag", note="left hand", tags=("portrait", "hands"))])
+    log.add([on(1, "keep", reviewer="grace")])
+    found = log.current()[sha256(1)]
+    assert (found.verdict, found.reviewer) == ("keep", "grace")
+    assert (found.tags, found.note) == (("hands", "portrait"), "left hand")
+
+
+def test_who_adds_a_tag_does_not_become_the_one_who_judged(log: VerdictLog) -> None:
+    (judged,) = log.add([on(1, "reject", reason="blurred", reviewer="ada")])
+    log.add([tagged(1, "portrait", reviewer="grace")])
+    log.add([on(1, "none", annotates=True, note="see the eyes", reviewer="linus")])
+    found = log.current()[sha256(1)]
+    assert (found.verdict, found.reason, found.reviewer) == ("reject", "blurred", "ada")
+    assert (found.at, found.number) == (judged.at, judged.number)
+    assert (found.tags, found.note) == (("portrait",), "see the eyes")
+    assert [(one.verdict, one.reviewer) for one in log.history()] == [
+        ("reject", "ada"),
+        ("reject", "grace"),
+        ("reject", "linus"),
+    ]
+
+
+def test_two_people_who_tag_an_image_at_once_lose_no_tag(log: VerdictLog) -> None:
+    """Each says what to change, not what the tags shall be."""
+    log.add([tagged(1, "portrait", "old")])
+    log.add([tagged(1, "hands", remove=("old",)), tagged(1, "night")])
+    assert log.annotated()[sha256(1)].tags == ("hands", "night", "portrait")
+
+
+def test_an_image_with_tags_only_has_no_verdict(log: VerdictLog) -> None:
+    log.add([tagged(1, "portrait")])
+    assert log.current() == {}
+    found = log.annotated([sha256(1)])[sha256(1)]
+    assert (found.verdict, found.tags, found.reviewer) == ("none", ("portrait",), "ada")
+
+
+def test_an_empty_note_and_no_tags_remove_what_was_there(log: VerdictLog) -> None:
+    log.add([on(1, note="left hand", tags=("hands",))])
+    log.add([on(1, "none", annotates=True, note="", tags=())])
+    found = log.current()[sha256(1)]
+    assert (found.verdict, found.tags, found.note) == ("keep", (), None)
+
+
+def test_on_one_image_times_have_the_order_of_the_verdicts(log: VerdictLog) -> None:
+    """The first reviewer's clock was an hour fast."""
+    log.add([on(1, "keep", at=NOON + timedelta(hours=1))])
+    log.add([on(1, "reject"), on(2)])
+    assert [one.at for one in log.history()] == [
+        NOON + timedelta(hours=1),
+        NOON + timedelta(hours=1),
+        NOON + timedelta(seconds=1),
+    ]
+
+
+@pytest.mark.parametrize(
+    "tag", ["", " ", " a", "a,b", "a;b", "a  b", "a\nb", "a\x00b", "\ud800", "x" * 65]
+)
+def test_what_cannot_be_a_tag_is_refused(tag: str) -> None:
+    with pytest.raises(InputError, match="is not a tag"):
+        TagChange((tag,))
+    with pytest.raises(InputError, match="is not a tag"):
+        on(1, tags=(tag,))
+
+
+def test_an_image_has_a_bounded_number_of_tags(log: VerdictLog) -> None:
+    log.add([tagged(1, *(f"tag {at}" for at in range(50)))])
+    with pytest.raises(InputError, match="at most 50 tags, not 51"):
+        log.add([on(2), tagged(1, "one more")])
+    assert len(log.history()) == 1, "nothing is half written"
 
 
 @pytest.mark.parametrize(
