@@ -21,6 +21,7 @@ from krea_dagster.application.buy_options import BuyOptions, RowSelection, Sampl
 from krea_dagster.application.callback_column import COLUMN, check_own_urls, own_urls
 from krea_dagster.application.look import Look
 from krea_dagster.application.manifest_summary import ManifestSummary, watched
+from krea_dagster.application.present_partitions import origin_of
 from krea_dagster.digests import Digests, Mask, first_of_each
 from krea_dagster.engine.budget import column_scope
 from krea_dagster.engine.journal.bulk_reads import (
@@ -301,8 +302,9 @@ class Batch:
 
     def _make_manifests(self, backend: Backend, run_id: str) -> MadeManifests:
         made = MadeManifests(self.plan, Manifests(), {})
+        schema = origin_of(backend, self.table).noted_in(self.manifest_schema)
         for key, summary, parts in self.summarized_parts(backend, run_id):
-            made.manifests.add(key, self.manifest_schema, parts)
+            made.manifests.add(key, schema, parts)
             made.summaries[key] = summary
         return made
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from krea_dagster.application.backend import Backend
 from krea_dagster.application.curation import current_verdicts
+from krea_dagster.application.earlier import earlier_images_of
 from krea_dagster.curation.gallery.filter import GalleryFilter, select_rows
 from krea_dagster.curation.gallery.page import GallerySummary, estimate, write_gallery
 from krea_dagster.engine.storage.page import write_page
@@ -32,7 +33,8 @@ def write(
         raise ConfigError(
             "there is no journal to read verdicts from; set KREA_JOURNAL_URL, or omit --verdict"
         )
-    chosen = select_rows(storage, filters, verdicts or {})
+    earlier = earlier_images_of(backend) if filters.earlier else None
+    chosen = select_rows(storage, filters, verdicts or {}, earlier=earlier)
     if not chosen.matched:
         raise ConfigError(
             "no row matches the filter. Remove a --where, --verdict or --partition, or use "

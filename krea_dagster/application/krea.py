@@ -316,6 +316,21 @@ class Krea(Backend):
         frame: pd.DataFrame = load(storage, keys, (), annotation=pd.DataFrame, selection=selection)
         return frame
 
+    def earlier(self) -> pd.DataFrame:
+        """Return the images that no manifest lists now, one per row, with the manifest's columns.
+
+        They are those of rows that were changed or removed, and of earlier attempts. ``successor``
+        is the request_key of the row that took the place of an image's row, null without one.
+
+        Raises:
+            ConfigError: if there is no journal.
+            JournalError: if it cannot be read.
+        """
+        from krea_dagster.application.earlier import earlier_images_of
+
+        frame: pd.DataFrame = earlier_images_of(self).to_pandas()
+        return frame
+
     def verdicts(self) -> pd.DataFrame:
         """Return the verdict that counts of each reviewed image, with reviewer, reason and time."""
         import pandas as pd
@@ -408,6 +423,7 @@ class Krea(Backend):
             ImagesNotAsStored: if images are missing or changed; nothing is published.
         """
         from krea_dagster.application.curation import curate, images_origin, refused_images
+        from krea_dagster.application.earlier import earlier_to_export
         from krea_dagster.curation.accepted.accepted_table import has_accepted
         from krea_dagster.curation.export.export import export
         from krea_dagster.curation.export.spec import ExportSpec
@@ -422,6 +438,7 @@ class Krea(Backend):
             folders=folders,
             origin=images_origin(self),
             refused=frozenset() if spec.everything else refused_images(self),
+            earlier=earlier_to_export(self, spec) if spec.earlier else None,
             fresh=fresh,
             keep=keep,
             threads=threads,

@@ -11,6 +11,7 @@ from krea_dagster.application.batch import Batch, PlanState
 from krea_dagster.application.buy_options import BuyOptions
 from krea_dagster.application.curation import Curation
 from krea_dagster.application.manifest_summary import ManifestSummary
+from krea_dagster.application.present_partitions import origin_of, retire_departed
 from krea_dagster.application.purchase import buy
 from krea_dagster.application.quota import QuotaState, apply_quota
 from krea_dagster.engine.run.report import Progress, RunReport
@@ -104,9 +105,11 @@ def write_manifests(
     backend: Backend, batch: Batch, run_id: str, folders: Sequence[str] = ()
 ) -> Iterator[tuple[str, ManifestSummary, str]]:
     """Write the manifest of each partition; yields its key, summary, and path."""
-    storage, schema = backend.open_storage(), batch.manifest_schema
+    storage = backend.open_storage()
+    schema = origin_of(backend, batch.table).noted_in(batch.manifest_schema)
     for key, summary, parts in batch.summarized_parts(backend, run_id):
         yield key, summary, write_manifest_parts(storage, key, schema, parts, folders)
+    retire_departed(backend, batch.table, folders, written=batch.plan.keys)
 
 
 def run(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from krea_dagster.cli.options import (
+    earlier_option,
     json_option,
     open_krea,
     partition_option,
@@ -62,6 +63,7 @@ published, 2 invalid usage or nothing to export.
     "--all", "everything", is_flag=True, help="Export all stored images, not only accepted ones."
 )
 @click.option("--kept", is_flag=True, help="Export only images that a person has kept.")
+@earlier_option
 @partition_option
 @where_option
 @click.option(
@@ -193,6 +195,7 @@ def export_command(
     sidecars: bool,
     captions: bool,
     kept: bool,
+    earlier: bool,
     ids_file: str | None,
     license_name: str | None,
     title: str | None,
@@ -218,6 +221,7 @@ def export_command(
         partitions=tuple(partitions) or None,
         columns=columns,
         kept=kept,
+        earlier=earlier,
         prompt_ids=None if ids_file is None else _prompt_ids(ids_file),
         captions=captions,
         shard_images=shard_images,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from krea_dagster.cli.options import (
+    earlier_option,
     json_option,
     open_krea,
     partition_option,
@@ -58,6 +59,7 @@ page), 2 invalid usage or no matching rows.
     type=click.Choice(["keep", "reject", "flag", "none"]),
     help="Only images with this verdict; none for images without one.",
 )
+@earlier_option
 @click.option(
     "--limit",
     default=500,
@@ -88,6 +90,7 @@ def gallery_command(
     where: tuple[str, ...],
     statuses: tuple[str, ...],
     verdicts: tuple[str, ...],
+    earlier: bool,
     limit: int,
     pixels: int,
     most_mb: float,
@@ -108,6 +111,7 @@ def gallery_command(
         statuses=() if "any" in statuses else statuses or ("stored",),
         verdicts=verdicts,
         limit=limit,
+        earlier=earlier,
     )
     written = open_krea().gallery(
         output,

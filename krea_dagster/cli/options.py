@@ -119,6 +119,16 @@ def where_option(command: _Command) -> _Command:
     return option(command)
 
 
+def earlier_option(command: _Command) -> _Command:
+    """Add ``--earlier``."""
+    option = click.option(
+        "--earlier",
+        is_flag=True,
+        help="Also images of rows that were changed or removed, and of earlier attempts.",
+    )
+    return option(command)
+
+
 def json_option(command: _Command) -> _Command:
     """Add ``--json``."""
     option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")

@@ -6,6 +6,8 @@ from krea_dagster.manifest.build import (
     manifest_schema,
     manifest_table,
 )
+from krea_dagster.manifest.earlier import earlier_rows
+from krea_dagster.manifest.earlier_images import SUCCESSOR, earlier_images
 from krea_dagster.manifest.files import (
     has_manifest,
     manifest_name,
@@ -20,14 +22,19 @@ from krea_dagster.manifest.files import (
     write_manifest,
     write_manifest_parts,
 )
+from krea_dagster.manifest.present import Origin, present_manifests, retire_manifests
 from krea_dagster.manifest.schema import DESCRIPTIONS, MANIFEST_SCHEMA
 from krea_dagster.manifest.spool import Manifests
 
 __all__ = [
     "DESCRIPTIONS",
     "MANIFEST_SCHEMA",
+    "SUCCESSOR",
     "Manifests",
+    "Origin",
     "credits_charged",
+    "earlier_images",
+    "earlier_rows",
     "has_manifest",
     "manifest_name",
     "manifest_names",
@@ -37,8 +44,10 @@ __all__ = [
     "manifest_schema",
     "manifest_table",
     "no_column",
+    "present_manifests",
     "read_manifests",
     "read_missing",
+    "retire_manifests",
     "table_name",
     "table_names",
     "write_manifest",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import BinaryIO, Final
 
 import pyarrow as pa
@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
+from krea_dagster.manifest.earlier import keep_rows_without
 from krea_dagster.manifest.locations import located_now
 from krea_dagster.manifest.schema import MANIFEST_SCHEMA
 from krea_dagster.prompts import safe_name
@@ -74,9 +75,29 @@ def write_manifest_parts(
     folders: Sequence[str] = (),
 ) -> str:
     """Write a partition's manifest part by part; return its path or URL."""
-    name = manifest_name(partition_key, folders)
-    storage.write(name, lambda file: write_parts(file, schema, parts))
+
+    def write(file: BinaryIO) -> pa.Array:
+        keys: list[pa.Array] = []
+        write_parts(file, schema, _noting_keys(parts, keys))
+        return pa.concat_arrays([pa.array([], pa.string()), *keys])
+
+    return publish_manifest(storage, manifest_name(partition_key, folders), write)
+
+
+def publish_manifest(storage: Storage, name: str, write: Callable[[BinaryIO], pa.Array]) -> str:
+    """Write a manifest atomically, and keep the rows that it replaces; return its path or URL.
+
+    ``write`` writes the file, and returns its request keys.
+    """
+    # Before it is replaced: a run that is killed in between finds the old one again.
+    storage.write(name, lambda file: keep_rows_without(storage, name, write(file)))
     return storage.locate(name)
+
+
+def _noting_keys(parts: Iterable[pa.Table], keys: list[pa.Array]) -> Iterator[pa.Table]:
+    for part in parts:
+        keys.extend(part["request_key"].chunks)
+        yield part
 
 
 def has_manifest(

@@ -9,12 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from krea_dagster.arrow import as_array
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.manifest.files import manifest_name, write_parts
+from krea_dagster.manifest.files import manifest_name, publish_manifest, write_parts
 from krea_dagster.manifest.schema import MANIFEST_SCHEMA
 
 
@@ -42,10 +44,14 @@ class Manifests:
 
     def publish(self, storage: Storage, partition_key: str, folders: Sequence[str] = ()) -> str:
         """Copy the manifest of a partition to storage, atomically; return its path or URL."""
-        name = manifest_name(partition_key, folders)
-        with self._files[partition_key].open("rb") as made:
-            storage.write(name, lambda file: shutil.copyfileobj(made, file, 1 << 20))
-        return storage.locate(name)
+        path = self._files[partition_key]
+
+        def write(file: BinaryIO) -> pa.Array:
+            with path.open("rb") as made:
+                shutil.copyfileobj(made, file, 1 << 20)
+            return as_array(pq.read_table(path, columns=["request_key"])["request_key"])
+
+        return publish_manifest(storage, manifest_name(partition_key, folders), write)
 
     def to_table(self) -> pa.Table:
         """Return the rows of all partitions, in the order of their keys."""

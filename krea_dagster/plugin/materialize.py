@@ -16,6 +16,7 @@ from krea_dagster.application.batch import Batch, PlanState
 from krea_dagster.application.buy_options import BuyOptions
 from krea_dagster.application.finished import is_finished
 from krea_dagster.application.krea import Krea
+from krea_dagster.application.present_partitions import retire_departed
 from krea_dagster.application.run import check_options
 from krea_dagster.application.run_log import SILENT, Listener
 from krea_dagster.application.settings import Settings
@@ -132,6 +133,8 @@ def materialize(
                     for start, end in ranges(partitions_def, to_run, known)
                     if runs.stopped is None
                 ]
+        if not partitions:  # also if no partition needed a run
+            retire_departed(krea, table)
     storage = krea.open_storage()
     return Materialized(
         partitions=chosen,

@@ -89,6 +89,7 @@ def export(
     folders: Sequence[str] = (),
     origin: str = "",
     refused: Collection[str] = (),
+    earlier: pa.Table | None = None,
     fresh: bool = False,
     keep: int | None = None,
     threads: int | None = None,
@@ -97,13 +98,14 @@ def export(
     """Export images of a storage root to a folder or URL, as a new version (see ``target``).
 
     ``folders`` as for the manifests. ``origin`` is where the images come from, for the card: a
-    host, or "an emulator". None of the images may be among ``refused``, by sha256. ``fresh``
-    distributes the images to shards again, instead of keeping them where the previous version has
-    them. ``keep`` is the number of complete versions to keep, None for all. Raises ConfigError
-    where no image is selected, or one was refused, ImagesNotAsStored where files are missing or
-    changed, and StorageError where the target cannot be written; then nothing was published.
+    host, or "an emulator". None of the images may be among ``refused``, by sha256. ``earlier``
+    images are exported too. ``fresh`` distributes the images to shards again, instead of keeping
+    them where the previous version has them. ``keep`` is the number of complete versions to keep,
+    None for all. Raises ConfigError where no image is selected, or one was refused,
+    ImagesNotAsStored where files are missing or changed, and StorageError where the target cannot
+    be written; then nothing was published.
     """
-    with _storage_errors(to), select_rows(storage, spec, folders, origin) as rows:
+    with _storage_errors(to), select_rows(storage, spec, folders, origin, earlier) as rows:
         target = ExportTarget(to, storage.options_for(to))
         latest = None if fresh else target.latest()
         previous = target.described(latest) if latest else None

@@ -26,7 +26,7 @@ from krea_dagster.curation.export.image_content import ADDED_NAMES
 from krea_dagster.curation.export.image_edits import ImageEdits
 from krea_dagster.curation.export.json_rows import records, to_json
 from krea_dagster.curation.export.spec import ExportSpec
-from krea_dagster.curation.export.table_batches import PartitionTable
+from krea_dagster.curation.export.table_batches import EarlierTable, PartitionTable
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import no_column, table_name, table_names
@@ -141,18 +141,24 @@ class SelectedRows:
 
 @contextmanager
 def select_rows(
-    storage: Storage, spec: ExportSpec, folders: Sequence[str] = (), origin: str = ""
+    storage: Storage,
+    spec: ExportSpec,
+    folders: Sequence[str] = (),
+    origin: str = "",
+    earlier: pa.Table | None = None,
 ) -> Iterator[SelectedRows]:
     """Yield the selected rows of an export, whose temporary file exists until the end.
 
-    ``origin`` is where the images come from.
+    ``origin`` is where the images come from. ``earlier`` images are exported with those of the
+    tables.
 
     Raises ConfigError where there are none, for a partition without a file, and for columns that
     are in no file or have a reserved name.
     """
     names = _names(storage, spec, folders)
     types = ExportedTypes.of(spec.form)
-    tables = [PartitionTable(storage, name) for name in names]
+    tables: list[PartitionTable | EarlierTable] = [PartitionTable(storage, one) for one in names]
+    tables += [] if earlier is None else [EarlierTable(earlier)]
     try:
         schema = pa.unify_schemas(
             [table.schema(types) for table in tables], promote_options="permissive"

@@ -38,6 +38,7 @@ class ExportSpec:
         partitions: Only these partitions; None for all.
         filters: Only rows that match all of these.
         kept: Only images that a person has kept.
+        earlier: Also images of rows that were changed or removed, and of earlier attempts.
         prompt_ids: Only the rows with these; None for all.
         columns: The exported columns, in order; None for all but those that are only meaningful in
             the storage root, such as ``image_path``. The measures of images are columns, too.
@@ -69,6 +70,7 @@ class ExportSpec:
     partitions: tuple[str, ...] | None = None
     filters: tuple[ColumnFilter, ...] = ()
     kept: bool = False
+    earlier: bool = False
     prompt_ids: frozenset[str] | None = None
     columns: tuple[str, ...] | None = None
     names: Mapping[str, str] = field(default_factory=dict)

@@ -86,3 +86,19 @@ class PartitionTable:
             values = self._measures[name].combine_chunks().take(places)
             batch = batch.append_column(name, values)
         return batch
+
+
+class EarlierTable:
+    """The earlier images, with the interface of ``PartitionTable``; they have no measures."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    def schema(self, types: ExportedTypes) -> pa.Schema:
+        """Return the columns in their exported types."""
+        return pa.schema([(one.name, types.type_of(one.type)) for one in self._table.schema])
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Yield those of these columns that exist."""
+        present = [name for name in dict.fromkeys(columns) if name in self._table.column_names]
+        yield from self._table.select(present).to_batches(max_chunksize=_ROWS)

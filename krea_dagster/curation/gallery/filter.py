@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -37,6 +37,7 @@ class GalleryFilter:
 
     ``where`` holds columns and values, as text. An empty value matches null and empty text. A
     column given several times matches any of its values. ``verdicts`` may contain ``none``.
+    ``earlier`` also shows the images of rows that were changed or removed.
     """
 
     partitions: Sequence[str] = ()
@@ -44,6 +45,7 @@ class GalleryFilter:
     statuses: Sequence[str] = (State.STORED.value,)
     verdicts: Sequence[str] = ()
     limit: int = 500
+    earlier: bool = False
 
     def __post_init__(self) -> None:
         known = {state.value for state in State}
@@ -68,6 +70,8 @@ class GalleryFilter:
             conditions.append(f"status {' or '.join(self.statuses)}")
         if self.verdicts:
             conditions.append(f"verdict {' or '.join(self.verdicts)}")
+        if self.earlier:
+            conditions.append("with earlier images")
         return ", ".join(conditions)
 
 
@@ -87,30 +91,43 @@ def select_rows(
     filters: GalleryFilter,
     verdicts: Mapping[str, str],
     folders: Sequence[str] = (),
+    earlier: pa.Table | None = None,
 ) -> GalleryRows:
     """Select rows of the manifests. ``verdicts`` are the current ones, by sha256.
 
-    Each row has ``COLUMNS`` and ``verdict`` (None without one). Raises ConfigError for an unknown
-    partition or column, for an invalid value, and where there is no manifest.
+    Each row has ``COLUMNS``, ``verdict`` (None without one) and ``earlier``: the rows of that table
+    follow those of the manifests. Raises ConfigError for an unknown partition or column, for an
+    invalid value, and where there is no manifest.
     """
-    names = _names(storage, filters, folders)
     known: dict[str, None] = {}
     reviewed = pa.array(verdicts, pa.string())
     given = pa.array(verdicts.values(), pa.string())
     found = GalleryRows()
-    for name in names:
+    wanted = list(dict.fromkeys([*COLUMNS, *(one.column for one in filters.where)]))
+
+    def add(batches: Iterable[pa.RecordBatch], *, earlier: bool) -> None:
+        for batch in batches:
+            images = batch.column("image_sha256")
+            verdict = given.take(pc.index_in(images, value_set=reviewed))
+            rows = _matching(batch, filters, verdict)
+            found.matched += rows.num_rows
+            room = filters.limit - len(found.rows)
+            shown = rows.slice(0, room).select([*COLUMNS, "verdict"]).to_pylist()
+            found.rows += [{**row, "earlier": earlier} for row in shown]
+
+    for name in _names(storage, filters, folders):
         with storage.open(name) as opened:
             file = pq.ParquetFile(opened)
             known |= dict.fromkeys(file.schema_arrow.names)
-            wanted = list(dict.fromkeys([*COLUMNS, *(one.column for one in filters.where)]))
             present = [one for one in wanted if one in file.schema_arrow.names]
-            for batch in file.iter_batches(_ROWS, columns=present):
-                images = batch.column("image_sha256")
-                verdict = given.take(pc.index_in(images, value_set=reviewed))
-                rows = _matching(batch, filters, verdict)
-                found.matched += rows.num_rows
-                room = filters.limit - len(found.rows)
-                found.rows += rows.slice(0, room).select([*COLUMNS, "verdict"]).to_pylist()
+            add(file.iter_batches(_ROWS, columns=present), earlier=False)
+    if earlier is not None:
+        known |= dict.fromkeys(earlier.column_names)
+        if filters.partitions:
+            wished = pa.array(filters.partitions, pa.string())
+            earlier = earlier.filter(pc.is_in(earlier["partition_key"], value_set=wished))
+        present = [one for one in wanted if one in earlier.column_names]
+        add(earlier.select(present).to_batches(), earlier=True)
     for one in filters.where:
         if one.column not in known:
             raise no_column(one.column, known)

@@ -53,6 +53,8 @@ _MARKUP_BYTES: Final = 1_200
 _SHOWN: Final = 200
 #: Characters of the prompt in an image's alternative text.
 _ALT: Final = 150
+#: The heading of the images of rows that were changed or removed.
+_EARLIER: Final = "Earlier images"
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ def _card(row: dict[str, Any], thumbnail: Thumbnail) -> dict[str, Any]:
         "prompt_id": _readable(row["prompt_id"] or ""),
         "sample": row["sample"],
         "attempt": row["attempt"],
-        "partition": _readable(row["partition_key"] or ""),
+        "partition": _EARLIER if row["earlier"] else _readable(row["partition_key"] or ""),
         "seed": row["seed"],
         "size": " ".join(one for one in (row["size"], row["quality"]) if one),
         "pixels": f"{row['width']} × {row['height']}" if row["width"] and row["height"] else "",

@@ -155,7 +155,7 @@ class Review:
 
     def _build(self) -> ReviewIndex:
         settings = self._settings
-        return build_index(settings.storage, settings.journal, self._verdicts.every())
+        return build_index(settings.storage, settings.journal)
 
     # -- the page ---------------------------------------------------------------------------------
 

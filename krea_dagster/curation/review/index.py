@@ -8,35 +8,30 @@ immutable; when files change, a new one is built.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from krea_dagster.arrow import as_array
-from krea_dagster.curation.review.selection import OPERATORS, as_text, kind_of
-from krea_dagster.engine.journal.bulk_reads import record_columns
+from krea_dagster.arrow import as_array, united
+from krea_dagster.curation.review.selection import OPERATORS, kind_of
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.engine.verdict import Verdict
 from krea_dagster.errors import ConfigError
-from krea_dagster.manifest import MANIFEST_SCHEMA, manifest_table
-from krea_dagster.prompts import PLAN_SCHEMA
-from krea_dagster.spend.tables.prompt_rows import load_listed
+from krea_dagster.manifest import MANIFEST_SCHEMA, SUCCESSOR, earlier_images
 
 #: The folders whose files are in an index.
-_FOLDERS: Final = ("manifest", "measures", "near_duplicates", "accepted")
+_FOLDERS: Final = ("manifest", "earlier", "measures", "near_duplicates", "accepted")
 
 #: Columns of ``near_duplicates``, and their names in the index.
 _DUPLICATE_COLUMNS: Final = {"cluster": "cluster", "kind": "duplicate", "keep": "duplicate_to_keep"}
 
 #: Columns that the index adds, and that a prompt table may also have.
-_ADDED: Final = frozenset({"earlier", "accepted", *_DUPLICATE_COLUMNS.values()})
+_ADDED: Final = frozenset({"earlier", "accepted", SUCCESSOR, *_DUPLICATE_COLUMNS.values()})
 
 #: Columns with more values than this get no list of values.
 _MOST_VALUES: Final = 200
@@ -49,7 +44,7 @@ _SINGLE: Final = frozenset(
 #: The columns of the grid.
 GRID: Final = (
     "prompt_id", "sample", "attempt", "prompt", "status", "image_sha256", "width", "height",
-    "partition_key", "request_key", "earlier", "error_code",
+    "partition_key", "request_key", "earlier", SUCCESSOR, "size", "quality", "error_code",
 )  # fmt: skip
 #: Characters of a prompt in the grid.
 _PROMPT_START: Final = 200
@@ -123,18 +118,23 @@ class ReviewIndex:
         return found
 
     def of_prompt(self, row: int) -> list[int]:
-        """Return the rows of the same prompt, sorted by sample and attempt."""
-        return self._like(row, "prompt_id", ("sample", "attempt"))
+        """Return the rows of the same prompt, and the images they replaced, by sample and time."""
+        here = self.whole_row(row)
+        present = here[SUCCESSOR] or here["request_key"]
+        same = pc.equal(self.table["prompt_id"], here["prompt_id"] or None)
+        for name in ("request_key", SUCCESSOR):
+            same = pc.or_kleene(same, pc.equal(self.table[name], present))
+        return self._sorted(same, ("sample", "attempt", "stored_at"))
 
     def of_cluster(self, row: int) -> list[int]:
         """Return the rows of the same cluster of near-duplicates, or only this row."""
         if "cluster" not in self.table.column_names or self.table["cluster"][row].as_py() is None:
             return [row]
-        return self._like(row, "cluster", ("prompt_id", "sample", "attempt"))
+        same = pc.equal(self.table["cluster"], self.table["cluster"][row])
+        return self._sorted(same, ("prompt_id", "sample", "attempt"))
 
-    def _like(self, row: int, column: str, order: Sequence[str]) -> list[int]:
-        equal = pc.equal(self.table[column], self.table[column][row]).fill_null(False)
-        rows = np.flatnonzero(equal.to_numpy(zero_copy_only=False))
+    def _sorted(self, mask: pa.ChunkedArray, order: Sequence[str]) -> list[int]:
+        rows = np.flatnonzero(mask.fill_null(False).to_numpy(zero_copy_only=False))
         keys = [(name, "ascending") for name in order]
         sorted_ = pc.sort_indices(self.table.select(order).take(pa.array(rows)), sort_keys=keys)
         return [int(at) for at in rows[sorted_.to_numpy()]]
@@ -158,10 +158,8 @@ def _column(name: str, column: pa.ChunkedArray) -> dict[str, Any]:
     return described
 
 
-def build_index(
-    storage: Storage, journal: Journal, verdicts: Iterable[Verdict] = ()
-) -> ReviewIndex:
-    """Build an index. ``verdicts`` may be on images that are no longer in the manifests.
+def build_index(storage: Storage, journal: Journal) -> ReviewIndex:
+    """Build an index, with the images that are no longer in the manifests.
 
     Raises ConfigError for a file that cannot be read, and JournalError.
     """
@@ -169,9 +167,7 @@ def build_index(
     tables = [MANIFEST_SCHEMA.empty_table(), *_tables(storage, "manifest")]
     table = _with_unique_names(_concatenate(tables, "manifest"))
     table = table.append_column("earlier", pa.array(np.zeros(table.num_rows, bool)))
-    earlier = _earlier_attempts(storage, journal, table, verdicts)
-    if earlier is not None:
-        table = pa.concat_tables([table, earlier], promote_options="permissive")
+    table = _with_earlier(table, earlier_images(storage, journal))
     for folder in ("measures", "near_duplicates", "accepted"):
         table = _join(table, folder, list(_tables(storage, folder)))
     return ReviewIndex(table, generation)
@@ -197,36 +193,13 @@ def _tables(storage: Storage, folder: str) -> Iterator[pa.Table]:
 
 def _concatenate(tables: Sequence[pa.Table], folder: str) -> pa.Table:
     """Concatenate the files of a folder; a column with incompatible types becomes text."""
-    clashing = {
-        name
-        for name in {name for one in tables for name in one.column_names}
-        if not _compatible(
-            {one.schema.field(name).type for one in tables if name in one.column_names}
-        )
-    }
-    if broken := clashing.intersection(MANIFEST_SCHEMA.names):
+    table = united(tables)
+    own = (one for one in MANIFEST_SCHEMA if one.name in table.column_names)
+    if broken := [one.name for one in own if table.schema.field(one.name).type != one.type]:
         raise ConfigError(
             f"the files of {folder} have incompatible column types: {', '.join(broken)}. "
             "Materialize them again."
         )
-    return pa.concat_tables(
-        [_columns_as_text(one, clashing) for one in tables], promote_options="permissive"
-    )
-
-
-def _compatible(types: Iterable[pa.DataType]) -> bool:
-    schemas = [pa.schema([("column", one)]) for one in types]
-    try:
-        pa.unify_schemas(schemas, promote_options="permissive")
-    except pa.ArrowException:
-        return False
-    return True
-
-
-def _columns_as_text(table: pa.Table, names: Collection[str]) -> pa.Table:
-    for at, name in enumerate(table.column_names):
-        if name in names:
-            table = table.set_column(at, name, as_text(table[name]))
     return table
 
 
@@ -238,6 +211,26 @@ def _with_unique_names(table: pa.Table) -> pa.Table:
         if pa.types.is_float16(field.type):  # Arrow has few functions for it
             table = table.set_column(at, field.name, table[field.name].cast(pa.float32()))
     return table
+
+
+def _with_earlier(table: pa.Table, earlier: pa.Table) -> pa.Table:
+    """Add the rows of earlier images; a column that theirs do not have is that of the successor."""
+    if not earlier.num_rows:
+        return table.append_column(SUCCESSOR, pa.nulls(table.num_rows, pa.string()))
+    successor = as_array(earlier[SUCCESSOR])
+    earlier = _with_unique_names(earlier.drop_columns([SUCCESSOR]))
+    at = pc.index_in(successor, value_set=as_array(table["request_key"]), skip_nulls=True)
+    for name in table.column_names:
+        if name not in MANIFEST_SCHEMA.names and name != "earlier":
+            values = as_array(table[name]).take(at)
+            if name not in earlier.column_names:
+                earlier = earlier.append_column(name, values)
+            elif earlier.schema.field(name).type == values.type:
+                own = pc.coalesce(as_array(earlier[name]), values)
+                earlier = earlier.set_column(earlier.column_names.index(name), name, own)
+    earlier = earlier.append_column("earlier", pa.array(np.ones(earlier.num_rows, bool)))
+    earlier = earlier.append_column(SUCCESSOR, successor)
+    return united([table, earlier])
 
 
 # -- joined tables ----------------------------------------------------------------------------
@@ -264,62 +257,3 @@ def _join(table: pa.Table, folder: str, tables: Sequence[pa.Table]) -> pa.Table:
         if shown not in table.column_names and plain:
             table = table.append_column(shown, as_array(further[name]).take(place))
     return table
-
-
-def _earlier_attempts(
-    storage: Storage, journal: Journal, table: pa.Table, verdicts: Iterable[Verdict]
-) -> pa.Table | None:
-    """Return rows for images that a later attempt replaced, from the journal's records.
-
-    They have the prompt table's columns of the current row.
-    """
-    present = set(table["request_key"].to_pylist()) if table.num_rows else set()
-    asked = {
-        one.request_key: (one.prompt_id, one.sample)
-        for one in verdicts
-        if one.request_key not in present
-    }
-    if table.num_rows and pc.any(pc.greater(table["attempt"], 0)).as_py():
-        with duckdb.connect() as duck, journal.database.read() as connection:
-            load_listed(duck, storage, connection)
-            listed = duck.execute("SELECT request_key, prompt_id, sample FROM listed").fetchall()
-        asked |= {key: (prompt, sample) for key, prompt, sample in listed if key not in present}
-    records = {
-        key: one for key, one in journal.records(sorted(asked)).items() if one.image is not None
-    }
-    if not records:
-        return None
-    rows: dict[tuple[str, int], int] = {}
-    wanted = {asked[key] for key in records}
-    names = (table[name].to_pylist() for name in ("prompt_id", "sample"))
-    for at, row in enumerate(zip(*names, strict=True)):
-        if row in wanted:
-            rows.setdefault(row, at)
-    # The manifest's columns come from the record, the prompt table's from the current row.
-    further = [
-        name for name in table.column_names if name not in {*MANIFEST_SCHEMA.names, "earlier"}
-    ]
-    order = sorted(records, key=lambda key: (*asked[key], records[key].request.attempt))
-    plan = pa.RecordBatch.from_pylist(
-        [
-            {
-                "prompt_id": asked[key][0],
-                "sample": asked[key][1],
-                "partition_key": records[key].partition_key,
-                **{
-                    name: getattr(records[key].request, name)
-                    for name in PLAN_SCHEMA.names
-                    if name not in {"prompt_id", "sample", "partition_key"}
-                },
-            }
-            for key in order
-        ],
-        PLAN_SCHEMA,
-    )
-    found = record_columns(journal, plan.column("request_key"))
-    made = manifest_table(plan, found, locate=storage.locate, run_id="")
-    made = made.append_column("earlier", pa.array(np.ones(len(order), bool)))
-    places = pa.array([rows.get(asked[key]) for key in order], pa.int64())
-    for name in further:
-        made = made.append_column(name, as_array(table[name]).take(places))
-    return made

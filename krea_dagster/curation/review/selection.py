@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from krea_dagster.arrow import as_text
 from krea_dagster.engine.verdict import NONE, VERDICTS
 from krea_dagster.errors import InputError
 
@@ -138,22 +139,6 @@ def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
     if name not in table.column_names:
         raise InputError(f"unknown column {name!r}")
     return table[name]
-
-
-def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column of any type as text; lists and structs as JSON."""
-    if pa.types.is_string(column.type):
-        return column
-    try:
-        return column.cast(pa.string())
-    except pa.ArrowException:  # lists, structures
-        return pa.chunked_array(
-            [pa.array([_plain(one) for one in column.to_pylist()], pa.string())]
-        )
-
-
-def _plain(value: Any) -> str | None:
-    return None if value is None else json.dumps(value, default=str, ensure_ascii=False)
 
 
 _COMPARE: Final[Mapping[str, Callable[[Any, Any], Any]]] = {

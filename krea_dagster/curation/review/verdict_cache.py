@@ -56,11 +56,6 @@ class VerdictView:
                 self.number = one.number
             return self.number
 
-    def every(self) -> list[Verdict]:
-        """Return every verdict, in order."""
-        with self._lock:
-            return list(self._every)
-
     def since(self, number: int) -> list[Verdict]:
         """Return the verdicts after a number."""
         with self._lock:

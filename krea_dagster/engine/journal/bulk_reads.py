@@ -59,6 +59,19 @@ RECORD_SCHEMA: Final = pa.schema(
         ("run_id", pa.string()),
     ]
 )
+#: What a request is made of, as ``PLAN_SCHEMA`` has it, and the partition that it was made for.
+REQUEST_SCHEMA: Final = pa.schema(
+    [
+        ("prompt", pa.string()),
+        ("size", pa.string()),
+        ("quality", pa.string()),
+        ("seed", pa.int32()),
+        ("nsfw_check", pa.bool_()),
+        ("attempt", pa.int32()),
+        ("partition_key", pa.string()),
+    ]
+)
+_FIELDS: Final = {field.name: field for field in (*RECORD_SCHEMA, *REQUEST_SCHEMA)}
 _SUBMISSION: Final = frozenset(RECORD_SCHEMA.names[RECORD_SCHEMA.get_field_index("task_id") :])
 
 #: Columns that describe the file. They are kept if it is gone, but shown only while it is stored.
@@ -134,11 +147,11 @@ def all_known_requests(journal: Journal, storage: Storage, number: int) -> Known
 def record_columns(
     journal: Journal, keys: pa.Array, names: Sequence[str] = RECORD_SCHEMA.names
 ) -> pa.Table:
-    """Return these columns of ``RECORD_SCHEMA``, in the order of the request keys.
+    """Return these columns of ``RECORD_SCHEMA`` and ``REQUEST_SCHEMA``, in the order of the keys.
 
     Rows of unknown requests are null. Raises JournalError.
     """
-    schema = pa.schema([("request_key", pa.string()), *map(RECORD_SCHEMA.field, names)])
+    schema = pa.schema([("request_key", pa.string()), *(_FIELDS[name] for name in names)])
     tables = [schema.empty_table()]
     with journal.database.read() as connection:
         for at in range(0, len(keys), _ROWS):
@@ -147,7 +160,10 @@ def record_columns(
             tables.append(
                 pa.table(
                     [
-                        pa.array(column, kind)
+                        # SQLite's truth values are numbers.
+                        pa.array(column, pa.int8()).cast(kind)
+                        if kind == pa.bool_() and _is_sqlite(connection)
+                        else pa.array(column, kind)
                         for column, kind in zip(columns, schema.types, strict=True)
                     ],
                     schema=schema,
@@ -156,6 +172,21 @@ def record_columns(
     found = pa.concat_tables(tables).combine_chunks()
     places = pc.index_in(keys, value_set=found["request_key"].combine_chunks())
     return found.select(list(names)).take(places)
+
+
+def keys_in_root(journal: Journal, root_id: str) -> pa.Array:
+    """Return the keys of the stored requests whose file is in a root, as the journal knows it.
+
+    Raises JournalError.
+    """
+    query = (
+        "SELECT requests.request_key FROM requests JOIN files USING (request_key) "
+        "WHERE state = :stored AND root_id = :root AND missing_since IS NULL"
+    )
+    with journal.database.read() as connection:
+        rows = connection.execute(text(query), {"stored": State.STORED.value, "root": root_id})
+        parts = [pa.array([row[0] for row in part], pa.string()) for part in rows.partitions(_ROWS)]
+    return pa.concat_arrays([pa.array([], pa.string()), *parts])
 
 
 # -- the journal ----------------------------------------------------------------------------------

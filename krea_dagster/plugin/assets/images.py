@@ -16,6 +16,7 @@ from krea_dagster.application.backend import Backend
 from krea_dagster.application.batch import Batch
 from krea_dagster.application.curation import Curation
 from krea_dagster.application.manifest_summary import ManifestSummary
+from krea_dagster.application.present_partitions import retire_departed
 from krea_dagster.application.quota import QuotaState
 from krea_dagster.application.quotes import quote_images
 from krea_dagster.application.run import buy_batch, prepared, write_manifests
@@ -221,6 +222,7 @@ def _build_image_manifest(
         ):
             schema = shown(batch.manifest_schema)
             made = batch.manifests(krea, context.run.run_id)
+            retire_departed(krea, batch.table, names.prefix, written=batch.plan.keys)
         for key, summary in made.summaries.items():
             path = storage.locate(manifest_name(key, names.prefix))
             values = {**krea_metadata(manifest_metadata(summary, path)), **schema}

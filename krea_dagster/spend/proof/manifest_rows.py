@@ -15,7 +15,12 @@ from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import Event, State, advance
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import IllegalTransition
-from krea_dagster.manifest import credits_charged, manifest_name
+from krea_dagster.manifest import (
+    credits_charged,
+    earlier_rows,
+    manifest_name,
+    present_manifests,
+)
 from krea_dagster.models import units_from_credits
 from krea_dagster.spend.proof.findings import FindingKind, ProofFindings
 
@@ -30,26 +35,31 @@ _BATCH: Final = 4096
 class ListedRows:
     """The rows of the manifests.
 
-    ``rows_of`` names, by request key, the first row that lists it. ``written`` is when the newest
-    manifest of each file name was written.
+    ``rows_of`` names, by request key, the first row that lists it; ``earlier`` the row that listed
+    it before it left the manifests. ``written`` is when the newest manifest of each file name was
+    written.
     """
 
     files: int = 0
     rows: int = 0
     agreeing: int = 0
     rows_of: dict[str, str] = field(default_factory=dict)
+    earlier: dict[str, str] = field(default_factory=dict)
     written: dict[str, datetime | None] = field(default_factory=dict)
 
     def name(self, record: Record) -> str:
         """Return a request's row as text, or its key and partition where no row lists it."""
-        row = self.rows_of.get(record.request_key)
+        key = record.request_key
+        row = self.rows_of.get(key) or self.earlier.get(key)
         return row or f"request {record.request_key[:12]} ({record.partition_key})"
 
-    def newer_than(self, record: Record) -> bool:
-        """Return whether the partition's manifest was written after the image was stored.
+    def has_left(self, record: Record) -> bool:
+        """Return whether a manifest was written without an image that was stored.
 
-        Then it does not list the request because the table does not request it any more.
+        Then the table does not request it any more.
         """
+        if record.request_key in self.earlier:
+            return True
         name = _last_part(manifest_name(record.partition_key))
         if name not in self.written:
             return False
@@ -64,9 +74,10 @@ def compare_rows(storage: Storage, journal: Journal, findings: ProofFindings) ->
     journal, and never ahead.
     """
     listed = ListedRows()
-    for name in storage.names("manifest"):
-        if not name.endswith(".parquet"):
-            continue
+    if (earlier := earlier_rows(storage, _NAMES)) is not None:
+        for row in earlier.to_pylist():
+            listed.earlier.setdefault(row["request_key"], _row_name(row))
+    for name in present_manifests(storage):
         listed.files += 1
         _note_written(listed, name, storage.modified_at(name))
         for batch in _batches(storage, name, findings):

@@ -247,7 +247,7 @@ class _JournalCheck:
         # A generate call returns its manifest to the caller, and writes none.
         if record.request_key in self._listed.rows_of or record.table_id in self._generated:
             return
-        if self._listed.newer_than(record):
+        if self._listed.has_left(record):
             self._find(
                 FindingKind.NOT_ASKED_ANY_MORE,
                 record,

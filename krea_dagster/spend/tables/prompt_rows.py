@@ -19,7 +19,7 @@ from krea_dagster.engine.journal.purchase_reads import states_of
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
-from krea_dagster.manifest import no_column
+from krea_dagster.manifest import no_column, present_manifests
 from krea_dagster.prompts.past_attempts import earlier_attempts
 from krea_dagster.spend.tables.sql import quoted
 
@@ -46,7 +46,7 @@ def load_listed(
         "CREATE TABLE asked (request_key VARCHAR, prompt_id VARCHAR, sample INTEGER, "
         f"attempt INTEGER, source INTEGER{extra})"
     )
-    names = sorted(name for name in storage.names("manifest") if name.endswith(".parquet"))
+    names = present_manifests(storage)
     known: dict[str, None] = {}
     later: list[str] = []
     for source, name in enumerate(names):

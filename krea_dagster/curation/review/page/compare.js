@@ -86,7 +86,7 @@ export class Compare {
     if (!row.image_sha256) view.append(el("span", { class: "words" }, row.error_code || row.status));
     const sign = el("span", { class: "sign", "aria-hidden": "true" });
     const which = [`Sample ${row.sample}`, `attempt ${row.attempt}`];
-    if (row.earlier) which.push("replaced");
+    if (row.earlier) which.push(`${row.size} ${row.quality}`, row.successor ? "replaced" : "its row is gone");
     const words = el("span", { class: "which" }, which.join(" · "));
     const said = el("span", { class: "said faint" });
     const root = el("div", { class: "pane", role: "option", id: `pane-${at}` }, view, el("div", { class: "under" }, sign, words, said));
