@@ -19,7 +19,7 @@ def origin_of(backend: Backend, table: PromptTable) -> Origin:
 def retire_departed(
     backend: Backend, table: PromptTable, folders: Sequence[str] = (), written: Sequence[str] = ()
 ) -> None:
-    """Move manifests of what is no partition of a table now to ``earlier/``.
+    """Move manifests to ``earlier/`` whose partition the table does not have now.
 
     ``written`` are the partitions whose manifests this run writes. If the table cannot be read, it
     raises ConfigError or PromptTableError, and no manifest is moved.

@@ -54,7 +54,7 @@ class Origin:
         return cls(entries.get(_TABLE, b"").decode(), entries.get(_PARTITION_BY, b"").decode())
 
     def may_be_of(self, other: Origin) -> bool:
-        """Return whether a manifest with this origin is of the same table as far as is known."""
+        """Return whether a manifest with this origin may be of the same table."""
         return self.table_id in ("", other.table_id)
 
     def has_other_partitions(self, other: Origin) -> bool:
