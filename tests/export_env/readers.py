@@ -18,6 +18,7 @@ from datetime import date, datetime, time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from PIL import Image as Pillow
 
@@ -95,6 +96,31 @@ def by_csv(folder: Path) -> Found:
     return found
 
 
+def by_croissant(folder: Path) -> Found:
+    """Any form except tar shards, as ``mlcroissant`` has it."""
+    import mlcroissant  # type: ignore[import-not-found,unused-ignore] # noqa: PLC0415 - of the other environment
+
+    dataset = mlcroissant.Dataset(jsonld=str(folder / "croissant.json"))
+    assert not dataset.metadata.ctx.issues.errors
+    found: Found = {}
+    for record in dataset.records("images"):
+        row = {unquote(name.partition("/")[2]): texts(value) for name, value in record.items()}
+        split, image = row.pop("split"), row.pop("image")
+        columns = {name: plain(value) for name, value in row.items()}
+        found.setdefault(split, {})[columns["prompt_id"]] = {
+            "pixels": hashlib.sha256(image.convert("RGB").tobytes()).hexdigest(),
+            "columns": columns,
+        }
+    return found
+
+
+def texts(value: Any) -> Any:
+    """A value with text in place of bytes."""
+    if isinstance(value, list):
+        return [texts(one) for one in value]
+    return value.decode() if isinstance(value, bytes) else value
+
+
 def described(data: bytes, row: dict[str, Any]) -> dict[str, Any]:
     import pyexiv2  # type: ignore[import-not-found,unused-ignore] # noqa: PLC0415 - of the other environment
 
@@ -137,6 +163,7 @@ READERS = {
     "webdataset-datasets": webdataset_by_datasets,
     "csv": by_csv,
     "csv-datasets": by_datasets,
+    "croissant": by_croissant,
 }
 
 if __name__ == "__main__":

@@ -21,7 +21,13 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 UV = ROOT / ".uv" / "bin" / "uv"
-PACKAGES = ("datasets==5.2.0", "webdataset==1.0.2", "pillow", "pyexiv2==2.16.0")
+PACKAGES = (
+    "datasets==5.2.0",
+    "webdataset==1.0.2",
+    "pillow",
+    "pyexiv2==2.16.0",
+    "mlcroissant==1.1.1",
+)
 IMAGES = 200
 
 #: What is done to the files.
@@ -73,6 +79,7 @@ def main() -> int:
                     print(f"{reader}, files {edits}; {sizes}: as written")
         every_kind(python, home)
         two_versions(python, home)
+        described_by_croissant(python, home)
     return 0
 
 
@@ -120,6 +127,32 @@ def two_versions(python: Path, home: Path) -> None:
                 found = read(python, home, reader, to / "latest")[reader]
                 assert sum(map(len, found.values())) == count, (reader, place, count)
         print(f"{form}: each version is read by its link `latest`, in one cache")
+
+
+def described_by_croissant(python: Path, home: Path) -> None:
+    """What ``mlcroissant`` finds through croissant.json, in a dataset with odd columns."""
+    project = ExportProject(str(home / "croissant"))
+    rows = project.rows(30)
+    rows[::3] = [{**row, "verdict": None, "reviewer": None} for row in rows[::3]]
+    more = {name: column(name, len(rows)) for name in (*KINDS, "whole")}
+    project.write_accepted(rows, columns={**more, "odd näme [x]": more["whole"]})
+    for form in ("parquet", "imagefolder", "jsonl", "csv"):
+        to = home / "croissant-out" / form
+        folder = Path(export(project.storage, spec_of(form), str(to)).path)
+        found = read(python, home, "croissant", folder)["croissant"]
+        splits = {name: split for split, images in found.items() for name in images}
+        assert splits == split_by_prompt(folder), form
+        for at, row in enumerate(rows):
+            image = found[splits[row["prompt_id"]]][row["prompt_id"]]
+            columns = image["columns"]
+            assert image["pixels"] == pixels_of(row), form
+            for name in ("prompt", "seed", "width", "image_sha256", "verdict", "category"):
+                assert columns[name] == row[name], (form, name)
+            assert columns["odd näme [x]"] == expected("whole", at)
+            assert columns["stored_at"] == row["stored_at"].isoformat()
+            tags = columns["tags"]
+            assert row["tags"] == (json.loads(tags) if form == "csv" and tags else tags), form
+        print(f"{form}: {len(rows)} images read by croissant.json: as written")
 
 
 def spec_of(form: Any) -> ExportSpec:

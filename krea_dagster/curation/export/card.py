@@ -136,13 +136,19 @@ def facts_of(
 
 def write_card(facts: DatasetFacts, spec: ExportSpec, plan: ExportPlan, *, version: str) -> str:
     """Return the card of a version as Markdown."""
-    title = spec.title or "Images of " + (", ".join(facts.models) or "a text-to-image model")
+    title = title_of(facts, spec)
     return "\n".join(
         [
             *("---", *_header(facts, spec, plan, title, version), "---"),
             *("", *_body(facts, spec, plan, title), ""),
         ]
     )
+
+
+def title_of(facts: DatasetFacts, spec: ExportSpec) -> str:
+    """Return the title of a dataset, in one line."""
+    models = ", ".join(facts.models) or "a text-to-image model"
+    return _line(spec.title or f"Images of {models}")
 
 
 def _source(location: str) -> str:
@@ -167,7 +173,7 @@ def _header(
     if spec.license is not None:
         values["license"] = spec.license.lower()
     values |= {
-        "pretty_name": _line(title),
+        "pretty_name": title,
         "task_categories": ["text-to-image"],
         "tags": ["synthetic", "text-to-image", "krea-dagster"],
         "size_categories": [size],

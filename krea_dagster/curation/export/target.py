@@ -6,6 +6,7 @@
     <target>/latest             the same as a symbolic link, where the target is a folder
     <target>/<version>/         one export, immutable once it is published
         README.md               the dataset card
+        croissant.json          the same for programs
         export.json             its content; a version without it is incomplete
         index.parquet           each image: its shard, its row, its hashes
         …                       the shards

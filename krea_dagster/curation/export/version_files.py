@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from krea_dagster.curation.export.card import DatasetFacts
+from krea_dagster.curation.export.croissant import CROISSANT, write_croissant
 from krea_dagster.curation.export.folder import TABLES, check_table, write_table
 from krea_dagster.curation.export.image_content import ending_of, written_columns, written_schema
 from krea_dagster.curation.export.plan import ExportPlan, content_of, shard_layout
@@ -33,7 +34,9 @@ def write_version_files(
         _write_table(builder, split.name, of_split)
     builder.known.forget()
     target.storage.write(f"{version}/{INDEX}", lambda file: _write_index(file, builder, shards))
-    target.storage.write(f"{version}/README.md", partial(_all, pieces=[card.encode()]))
+    croissant = write_croissant(facts, spec, plan, version=version)
+    for name, text in (("README.md", card.encode()), (CROISSANT, croissant)):
+        target.storage.write(f"{version}/{name}", partial(_all, pieces=[text]))
     described = {
         "format_version": FORMAT_VERSION,
         "version": version,
@@ -58,8 +61,8 @@ def write_version_files(
             for one in shards
         ],
     }
-    text = json.dumps(described, indent=1) + "\n"
-    target.storage.write(f"{version}/{EXPORT}", partial(_all, pieces=[text.encode()]))
+    last = f"{json.dumps(described, indent=1)}\n".encode()
+    target.storage.write(f"{version}/{EXPORT}", partial(_all, pieces=[last]))
     return described
 
 
