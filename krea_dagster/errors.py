@@ -106,20 +106,28 @@ class Problem:
         where = "the table" if self.row is None else f"row {self.row}"
         who = "" if self.prompt_id is None else f" (prompt_id {self.prompt_id})"
         what = f" is {self.value}" if self.value else ""
-        return f"{where}{who}: {self.column}{what}; {self.allowed}"
+        return f"{where}{who}: {self.column}{what}{';' if what else ':'} {self.allowed}"
 
 
 class PromptTableError(InputError):
     """The prompt table cannot be used as it is. Nothing was bought.
 
-    ``problems`` are the first ones, in row order; ``count`` is the total number.
+    ``problems`` are the first ones, in row order; ``count`` is the total number. ``hints`` may help
+    to correct them.
     """
 
-    def __init__(self, source: str, problems: Sequence[Problem], count: int | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        problems: Sequence[Problem],
+        count: int | None = None,
+        hints: Sequence[str] = (),
+    ) -> None:
         self.source = redact.location(source)
         self.problems = tuple(problems)
         self.count = len(self.problems) if count is None else count
-        super().__init__(self.source, self.problems, self.count)
+        self.hints = tuple(hints)
+        super().__init__(self.source, self.problems, self.count, self.hints)
 
     def __str__(self) -> str:
         many = "1 problem" if self.count == 1 else f"{self.count} problems"
@@ -127,6 +135,7 @@ class PromptTableError(InputError):
         lines += [f"  {problem}" for problem in self.problems]
         if self.count > len(self.problems):
             lines.append(f"  … and {self.count - len(self.problems)} more")
+        lines += [f"  hint: {hint}" for hint in self.hints]
         return "\n".join(lines)
 
 

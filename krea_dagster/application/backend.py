@@ -70,6 +70,15 @@ class Backend:
             journal.bind(self.settings.origin)
             journal.roots.check(storage)
 
+    def check_origin(self) -> None:
+        """Check that the journal, if there is one, has no images of another origin.
+
+        ``check`` does so before a purchase; this binds nothing. Raises ConfigError.
+        """
+        if self.has_journal():
+            with self.open_journal() as journal:
+                journal.check_origin(self.settings.origin)
+
     def check_root(self) -> None:
         """Compare the storage root with the journal, if there is one.
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import partial
+from functools import cached_property, partial
 from itertools import repeat
 from typing import Final, TypeAlias
 from zoneinfo import ZoneInfo
@@ -21,6 +21,7 @@ from krea_dagster.application.buy_options import BuyOptions, RowSelection, Sampl
 from krea_dagster.application.callback_column import COLUMN, check_own_urls, own_urls
 from krea_dagster.application.look import Look
 from krea_dagster.application.manifest_summary import ManifestSummary, watched
+from krea_dagster.application.plan_notes import plan_notes
 from krea_dagster.application.present_partitions import origin_of
 from krea_dagster.digests import Digests, Mask, first_of_each
 from krea_dagster.engine.budget import column_scope
@@ -40,6 +41,7 @@ from krea_dagster.manifest import Manifests, manifest_parts, manifest_schema
 from krea_dagster.prompts import PLAN_SCHEMA, HashPartitions, Plan, PromptTable
 from krea_dagster.prompts.partitioning import MultiPartitions, TimePartitions
 from krea_dagster.prompts.requests import drawn_seed
+from krea_dagster.prompts.trial import Trial, TrialRows
 
 #: States in which a request has ended, so that another image may be requested.
 _ENDED: Final = frozenset({State.STORED, State.FAILED, State.REFUSED, State.EXPIRED})
@@ -65,12 +67,14 @@ class Batch:
     """The images that some partitions request, at their attempts. Must be closed.
 
     ``held`` masks those that are not to be bought now, in the order of the plan; None for none.
+    With a ``trial`` only its rows are bought; the plan and the manifest have all.
     """
 
     table: PromptTable
     keys: Sequence[str] | None
     plan: Plan
     held: Mask | None = None
+    trial: Trial | None = None
     _look: Look | None = field(default=None, repr=False)
     _mark: Sequence[str] = ()
     #: The state of the whole that was handed over, until a run has used it.
@@ -87,6 +91,7 @@ class Batch:
         *,
         to_buy: bool = False,
         look: bool = False,
+        trial: Trial | None = None,
     ) -> Batch:
         """Read the partitions, or all, and if they are ``to_buy``, check that this is possible.
 
@@ -116,7 +121,7 @@ class Batch:
         try:
             if to_buy:
                 backend.check()
-            return replace(batch, _mark=[*mark, backend.journal_id()])
+            return replace(batch, trial=trial, _mark=[*mark, backend.journal_id()])
         except BaseException:
             batch.close()
             raise
@@ -244,8 +249,44 @@ class Batch:
 
     @property
     def held_count(self) -> int:
-        """Number of images that are not to be bought now."""
-        return 0 if self.held is None else int(self.held.sum())
+        """Number of images that are not to be bought now, of the trial if there is one."""
+        if self.held is None:
+            return 0
+        return int((self.held if self.outside is None else self.held & ~self.outside).sum())
+
+    @cached_property
+    def trial_rows(self) -> TrialRows | None:
+        """The rows of the trial; None without one."""
+        return None if self.trial is None else self.trial.of(self.plan)
+
+    @property
+    def outside(self) -> Mask | None:
+        """A mask of the images that the trial leaves out, in the order of the plan."""
+        return None if self.trial_rows is None else ~self.trial_rows.inside
+
+    def inside(self, key: str) -> Mask:
+        """Return a mask of a partition's images that are in the trial; all without one."""
+        place = self.plan.place(key)
+        here = self.plan.all_digests[place]
+        return np.ones(len(here), np.bool_) if self.outside is None else ~self.outside[place]
+
+    def trial_ids(self) -> set[str]:
+        """Return the prompt_ids of the rows in the trial."""
+        found: set[str] = set()
+        for key in self.plan.keys:
+            inside, start = self.inside(key), 0
+            for batch in self.plan.batches(key) if inside.any() else ():
+                chosen = batch.filter(pa.array(inside[start : start + batch.num_rows]))
+                found.update(chosen.column(0).to_pylist())
+                start += batch.num_rows
+        return found
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not a problem of the table, and perhaps not expected."""
+        digests = self.plan.all_digests
+        wanted = digests if self.outside is None else digests[~self.outside]
+        return plan_notes(self.plan, wanted)
 
     def versions(self) -> Mapping[str, str]:
         """Return the data version of ``prompts``, by partition."""
@@ -261,16 +302,18 @@ class Batch:
             )
         check_own_urls(self.plan, self.table.shown, private_allowed=backend.settings.synthetic)
         if self._states:
-            return replace(self._states.pop().part(self.plan), held=self.held)
+            state = self._states.pop().part(self.plan)
+            return replace(state, held=self.held, outside=self.outside)
         if not backend.has_journal():
             nothing = NO_KNOWN_REQUESTS.of(self.plan.all_digests)
-            return PlanState(self.plan, *nothing, columns, self.held)
+            return PlanState(self.plan, *nothing, columns, self.held, self.outside)
         found = None if self._look is None else self._look.take()
         with backend.open_journal() as journal:
             if found is None:
                 found = known_requests(journal, backend.open_storage(), self.plan.all_digests)
             table_id = backend.table_id(journal, self.table)
-        return PlanState(self.plan, *found.of(self.plan.all_digests), columns, self.held, table_id)
+        seen, intact = found.of(self.plan.all_digests)
+        return PlanState(self.plan, seen, intact, columns, self.held, self.outside, table_id)
 
     def manifest_parts(
         self, key: str, backend: Backend, journal: Journal, run_id: str
@@ -316,7 +359,8 @@ class Batch:
             for key in self.plan.keys:
                 summary = ManifestSummary()
                 parts = self.manifest_parts(key, backend, journal, run_id)
-                yield key, summary, watched(parts, self.plan.digests(key), summary)
+                outside = None if self.outside is None else self.outside[self.plan.place(key)]
+                yield key, summary, watched(parts, self.plan.digests(key), summary, outside)
 
     @property
     def _columns(self) -> list[str]:
@@ -368,8 +412,8 @@ class PlanState:
     """The images of a plan: which of them the journal has ``seen``, and which are ``intact``.
 
     An image is intact if it is stored and complete: nothing is left to do for it.
-    ``budget_columns`` are the columns whose values have a budget; ``held`` as in ``Batch``;
-    ``table_id`` is the prompt table's in the journal.
+    ``budget_columns`` are the columns whose values have a budget; ``held`` and ``outside`` are
+    those of ``Batch``; ``table_id`` is the prompt table's in the journal.
     """
 
     plan: Plan
@@ -377,6 +421,7 @@ class PlanState:
     intact: Mask
     budget_columns: Sequence[str] = ()
     held: Mask | None = None
+    outside: Mask | None = None
     table_id: str = ""
 
     def part(self, plan: Plan) -> PlanState:
@@ -389,13 +434,21 @@ class PlanState:
 
     @property
     def settled(self) -> Mask:
-        """Images that a run does nothing for: those that are intact, and those held back."""
-        return self.intact if self.held is None else self.intact | self.held
+        """Images that a run does nothing for: intact, held back, or outside the trial."""
+        settled = self.intact
+        for mask in (self.held, self.outside):
+            settled = settled if mask is None else settled | mask
+        return settled
+
+    @property
+    def inside(self) -> Mask:
+        """Images of the trial; all without one."""
+        return np.ones_like(self.intact) if self.outside is None else ~self.outside
 
     @property
     def held_back(self) -> int:
-        """Number of images that are neither intact nor wanted now."""
-        return int((self.settled & ~self.intact).sum())
+        """Number of images that are neither intact nor wanted now, of the trial if there is one."""
+        return int((self.settled & ~self.intact & self.inside).sum())
 
     def wanted(self) -> Iterator[RequestedImage]:
         """Yield each request that is not settled once, in the order of the plan."""

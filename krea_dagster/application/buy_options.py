@@ -17,6 +17,7 @@ from krea_dagster.engine.resolution import Resolution, parse_resolution
 from krea_dagster.engine.verdict import REJECT
 from krea_dagster.errors import ConfigError
 from krea_dagster.prompts import PLAN_SCHEMA, Plan
+from krea_dagster.prompts.trial import Trial
 
 #: Selects all rows whose image a person has rejected; ``error:`` is the prefix of an error code.
 REJECTED_ROWS: Final = "rejected"
@@ -31,6 +32,22 @@ class BuyOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    limit: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "A trial: only the first rows of these partitions, this many. The others are bought by "
+            "a run without limit and sample."
+        ),
+    )
+    sample: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "A trial: only this many rows of these partitions, the same ones each time, chosen by "
+            "their prompt_id."
+        ),
+    )
     regenerate: list[str] = Field(
         default=[],
         description=(
@@ -66,6 +83,24 @@ class BuyOptions(BaseModel):
             "wait, unless they collect later."
         ),
     )
+
+    def trial(self) -> Trial | None:
+        """Return the rows that are taken; None for all. Raises ConfigError for a contradiction."""
+        if self.limit is None and self.sample is None:
+            return None
+        if self.limit is not None and self.sample is not None:
+            raise ConfigError("limit and sample exclude each other; give one of them")
+        if self.regenerate or self.resolve:
+            raise ConfigError(
+                "limit and sample choose rows, and so do --again and --resolve (regenerate and "
+                "resolve in the run config). Nothing was bought. Give only one of them."
+            )
+        return Trial(self.limit or self.sample or 0, sample=self.limit is None)
+
+    def of_rows(self, rows: int) -> BuyOptions:
+        """Return these options for a part of the partitions, with this part of the trial's rows."""
+        name = "sample" if self.limit is None else "limit"
+        return self.model_copy(update={name: rows})
 
     @property
     def only_missing(self) -> bool:

@@ -68,6 +68,7 @@ class Krea(Backend):
                 settings.partition_by, variable_of(Settings.model_fields["partition_by"])
             ),
             storage_options=self._prompts_options(settings),
+            prompt_columns=settings.prompt_columns,
         )
 
     def _prompts_options(self, settings: Settings) -> Options:
@@ -81,6 +82,7 @@ class Krea(Backend):
         self,
         table: PromptTable | None = None,
         partitions: Sequence[str] = (),
+        options: BuyOptions | None = None,
         *,
         credits_per_usd: float | None = None,
     ) -> Quoted:
@@ -89,6 +91,7 @@ class Krea(Backend):
         Args:
             table: The prompt table.
             partitions: Keys; all that a run would take by default.
+            options: Their ``limit`` or ``sample``: a trial of some rows.
             credits_per_usd: Credits that one US dollar buys.
 
         Raises:
@@ -103,6 +106,7 @@ class Krea(Backend):
             self,
             table or self.table(),
             partitions,
+            trial=None if options is None else options.trial(),
             credits_per_usd=credits_per_usd or CREDITS_PER_USD,
         )
 

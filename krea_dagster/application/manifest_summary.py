@@ -54,7 +54,8 @@ class ManifestSummary:
     ``spent`` is the part of ``charged`` that the present run bought, and ``saved`` what its rows
     would have cost in addition, had it bought each of them. ``reasons`` counts the rows without
     an image by status and error code, ``missing`` holds the first of them, ``failures`` the newest
-    failures, and ``shown`` the first images.
+    failures, and ``shown`` the first images. Of the rows without an image, ``outside`` counts those
+    that a trial leaves out, by status; they are not among the missing and the failures.
     """
 
     def __init__(self) -> None:
@@ -66,6 +67,7 @@ class ManifestSummary:
         self.saved = 0.0
         self.bought = 0
         self.reused = 0
+        self.outside: Counter[str] = Counter()
         self.shown: list[StoredFile] = []
         self.reasons: Counter[str] = Counter()
         self.missing: list[dict[str, Any]] = []
@@ -81,20 +83,23 @@ class ManifestSummary:
 
     @property
     def missing_count(self) -> int:
-        """Number of rows without an image."""
-        return self.rows - self.statuses[State.STORED.value]
+        """Number of rows without an image, of the trial if there is one."""
+        return self.rows - self.statuses[State.STORED.value] - self.outside.total()
 
     @property
     def under_way(self) -> int:
         """Number of rows that wait for the server: a later run delivers them."""
-        return sum(self.statuses[state.value] for state in _UNDER_WAY)
+        return sum(self.statuses[one.value] - self.outside[one.value] for one in _UNDER_WAY)
 
     def latencies_s(self) -> npt.NDArray[np.float64]:
         """Return the seconds from submission to completion of what was bought, sorted."""
         return np.sort(np.concatenate([np.empty(0), *self._latencies]))
 
-    def add(self, part: pa.Table, first: Mask) -> None:
-        """Add rows; ``first`` masks the first row of each request."""
+    def add(self, part: pa.Table, first: Mask, outside: Mask | None = None) -> None:
+        """Add rows; ``first`` masks the first row of each request.
+
+        ``outside`` masks those that a trial leaves out.
+        """
         self.rows += part.num_rows
         self.statuses.update(_counted(part["status"]))
         once = part.select(["credits_reserved", "credits_charged", "reused"])
@@ -115,7 +120,12 @@ class ManifestSummary:
             first_stored = stored.slice(0, SHEET_IMAGES - len(self.shown))
             files = (first_stored[name].to_pylist() for name in ("image_path", "image_sha256"))
             self.shown += map(StoredFile, *files)
-        missing = part.filter(pc.not_equal(part["status"], State.STORED.value))
+        missing = pc.not_equal(part["status"], State.STORED.value)
+        if outside is not None:
+            left_out = pc.and_(missing, pa.chunked_array([pa.array(outside)]))
+            self.outside.update(_counted(part["status"].filter(left_out)))
+            missing = pc.and_not(missing, left_out)
+        missing = part.filter(missing)
         if missing.num_rows:
             codes = pc.if_else(pc.equal(missing["error_code"], ""), None, missing["error_code"])
             self.reasons.update(
@@ -142,6 +152,7 @@ class ManifestSummary:
             both.saved += one.saved
             both.bought += one.bought
             both.reused += one.reused
+            both.outside += one.outside
             both.reasons += one.reasons
             both.shown = [*both.shown, *one.shown][:SHEET_IMAGES]
             both.failures = _newest([*both.failures, *one.failures])
@@ -150,13 +161,20 @@ class ManifestSummary:
 
 
 def watched(
-    parts: Iterable[pa.Table], digests: Digests, summary: ManifestSummary
+    parts: Iterable[pa.Table],
+    digests: Digests,
+    summary: ManifestSummary,
+    outside: Mask | None = None,
 ) -> Iterator[pa.Table]:
-    """Yield the parts of a manifest and add them to the summary; ``digests`` are its keys."""
+    """Yield the parts of a manifest and add them to the summary.
+
+    ``digests`` are its keys, and ``outside`` masks the rows that a trial leaves out.
+    """
     first, _ = first_of_each(digests)
     start = 0
     for part in parts:
-        summary.add(part, first[start : start + part.num_rows])
+        here = slice(start, start + part.num_rows)
+        summary.add(part, first[here], None if outside is None else outside[here])
         start += part.num_rows
         yield part
 

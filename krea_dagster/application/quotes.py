@@ -20,6 +20,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import Record
 from krea_dagster.errors import ConfigError
 from krea_dagster.prompts import PLAN_SCHEMA, PromptTable
+from krea_dagster.prompts.trial import Trial, TrialRows
 from krea_dagster.spend.quote import ImageGroup, Quote, QuoteLine, quote
 
 _QUALITY: Final = PLAN_SCHEMA.get_field_index("quality")
@@ -28,11 +29,17 @@ _KEY: Final = PLAN_SCHEMA.get_field_index("request_key")
 
 @dataclass(frozen=True)
 class Quoted:
-    """A quote of whole partitions. ``waiting`` are those that have not begun and are left out."""
+    """A quote of partitions. ``waiting`` are those that have not begun and are left out.
+
+    ``trial`` are the rows that it is of, if it is not of all; ``notes`` say what is not a problem
+    of the table and perhaps not expected.
+    """
 
     quote: Quote
     partitions: Sequence[str]
     waiting: Sequence[str]
+    trial: TrialRows | None = None
+    notes: Sequence[str] = ()
 
     @property
     def total(self) -> QuoteLine:
@@ -45,12 +52,15 @@ def quote_partitions(
     table: PromptTable,
     partitions: Sequence[str] = (),
     *,
+    trial: Trial | None = None,
     credits_per_usd: float = CREDITS_PER_USD,
 ) -> Quoted:
-    """Quote these partitions of the table, or all that a run would take.
+    """Quote these partitions of the table, or all that a run would take; or a trial of them.
 
-    Creates no journal. Raises ConfigError, PromptTableError or JournalError.
+    Creates no journal. Raises ConfigError, also if the journal has images of another origin,
+    PromptTableError or JournalError.
     """
+    backend.check_origin()
     table = table.pinned()
     in_table = table.partition_keys()
     now = datetime.now(timezone.utc)
@@ -59,9 +69,10 @@ def quote_partitions(
         shown = ", ".join(sorted(known)[:10]) + (", …" if len(known) > 10 else "")
         raise ConfigError(f"unknown partition {unknown[0]!r}; the partitions are {shown or 'none'}")
     chosen = [key for key in in_table if key in (partitions or known)]
-    with Batch.read(table, chosen, backend, look=True) as batch:
+    with Batch.read(table, chosen, backend, look=True, trial=trial) as batch:
         quoted = quote_images(backend, batch.state(backend), credits_per_usd=credits_per_usd)
-    return Quoted(quoted, chosen, [key for key in in_table if key not in known])
+        waiting = [key for key in in_table if key not in known]
+        return Quoted(quoted, chosen, waiting, batch.trial_rows, batch.notes)
 
 
 def quote_images(
@@ -96,23 +107,26 @@ def quote_images(
 def _asked(state: PlanState, journal: Journal | None, *, in_order: bool) -> Iterator[ImageGroup]:
     """Yield the images grouped by state; ``in_order`` if there are caps."""
     plan = state.plan
-    settled = state.by_partition(state.settled)
-    seen = state.by_partition(state.seen)
-    first = state.by_partition(first_of_each(state.digests)[0])
+    is_first = np.zeros_like(state.inside)
+    is_first[state.inside] = first_of_each(state.digests[state.inside])[0]
+    settled, seen, first, inside = map(
+        state.by_partition, (state.settled, state.seen, is_first, state.inside)
+    )
     for key in plan.keys:
         start = 0
-        for batch in plan.batches(key):
-            here = slice(start, start + batch.num_rows)
+        for batch in plan.batches(key) if inside[key].any() else ():
+            here = start + np.flatnonzero(inside[key][start : start + batch.num_rows])
+            asked = batch if len(here) == batch.num_rows else batch.take(pa.array(here - start))
             start += batch.num_rows
             yield from _of_batch(
                 key,
-                batch,
+                asked,
                 settled=settled[key][here],
                 seen=seen[key][here],
                 first=first[key][here],
                 journal=journal,
                 in_order=in_order,
-                scopes=state.scopes_of(batch),
+                scopes=state.scopes_of(asked),
             )
 
 

@@ -54,7 +54,7 @@ def prepared(
         ConfigError, PromptTableError, JournalError: before anything is bought.
     """
     curation = curation or Curation()
-    batch = Batch.read(table, keys, backend, to_buy=True, look=True)
+    batch = Batch.read(table, keys, backend, to_buy=True, look=True, trial=options.trial())
     try:
         if check:
             check_options(backend, batch, options)
@@ -88,7 +88,7 @@ def buy_batch(
     report = buy(
         backend,
         state.wanted(),
-        reused_rows=int(state.intact.sum()),
+        reused_rows=int((state.intact & state.inside).sum()),
         run_id=run_id,
         table=batch.table,
         launch=launch or run_id,

@@ -11,7 +11,13 @@ from krea_dagster.models import credits_text
 
 if TYPE_CHECKING:
     from krea_dagster.engine.run.report import Progress
+    from krea_dagster.prompts.trial import TrialRows
     from krea_dagster.spend.quote import Quote
+
+
+def trial_line(trial: TrialRows) -> str:
+    """Return that a run or a quote is of some rows only."""
+    return f"A trial: {trial}. The same without limit and sample takes the others."
 
 
 def quote_line(quote: Quote, *, partitions: int, held: int = 0) -> str:

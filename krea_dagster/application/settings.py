@@ -223,6 +223,14 @@ class Settings(ConnectionSettings):
         metavar="JSON",
         repr=False,
     )
+    prompt_columns: list[str] = _setting(
+        [],
+        "Columns of the prompt table that are read under another name, such as text=prompt, and "
+        "columns that are only copied to the manifest although their names suggest more, such as "
+        "n or Seed.",
+        variable="KREA_PROMPT_COLUMNS",
+        metavar="COLUMN=NAME,…",
+    )
     partition_by: str = _setting(
         "hash:8",
         "How the table is partitioned: hash:N, column:NAME, day:NAME, week:NAME or month:NAME.",
@@ -301,6 +309,8 @@ def _read(text: str, field: FieldInfo, name: str) -> Any:
             return credits_from_units(parse_cap(text, variable))
         case "budgets" | "soft_budgets":
             return _budgets(text, variable)
+        case "prompt_columns":
+            return [part.strip() for part in text.split(",") if part.strip()]
         case "storage_options" | "prompts_options":
             return parse_options(text, variable)
     return text

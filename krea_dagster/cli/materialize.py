@@ -20,6 +20,7 @@ from krea_dagster.cli.options import (
     json_option,
     partition_option,
     project_options,
+    trial_options,
 )
 from krea_dagster.cli.terminal import err, run_shown, say_error, say_synthetic, show_json
 
@@ -37,6 +38,7 @@ SAMPLE: Final = "sample_prompts.parquet"
 @click.command("materialize")
 @buying_options
 @partition_option
+@trial_options
 @click.option(
     "--again",
     multiple=True,
@@ -78,6 +80,8 @@ def materialize_command(
     retry_errors: Sequence[str],
     decisions: Sequence[str],
     *,
+    limit: int | None,
+    sample: int | None,
     new_seed: bool,
     as_json: bool,
 ) -> None:
@@ -91,6 +95,8 @@ def materialize_command(
     from krea_dagster.application.buy_options import BuyOptions, with_files
 
     options = BuyOptions(
+        limit=limit,
+        sample=sample,
         regenerate=with_files(again),
         new_seed=new_seed,
         retry_errors=list(retry_errors),

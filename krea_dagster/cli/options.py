@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 #: The settings that every command with a project takes.
-PROJECT: Final = ("prompts", "storage", "journal_url", "partition_by")
+PROJECT: Final = ("prompts", "storage", "journal_url", "partition_by", "prompt_columns")
 
 #: Further settings of the commands that buy, or say what would be bought.
 BUYING: Final = (
@@ -133,6 +133,21 @@ def json_option(command: _Command) -> _Command:
     """Add ``--json``."""
     option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
     return option(command)
+
+
+def trial_options(command: _Command) -> _Command:
+    """Add ``--limit`` and ``--sample``."""
+    for name, which in (
+        ("--sample", "N rows from all over the table, the same ones each time"),
+        ("--limit", "the first N rows"),
+    ):
+        command = click.option(
+            name,
+            type=click.IntRange(min=1),
+            metavar="N",
+            help=f"A trial: only {which}. Run again without it for the others.",
+        )(command)
+    return command
 
 
 def partition_option(command: _Command) -> _Command:

@@ -9,13 +9,21 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from krea_dagster.cli.options import buying_options, json_option, open_krea, partition_option
+from krea_dagster.application.run_text import trial_line
+from krea_dagster.cli.options import (
+    buying_options,
+    json_option,
+    open_krea,
+    partition_option,
+    trial_options,
+)
 from krea_dagster.cli.terminal import out, printable, show_json
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.models import credits_from_units, credits_text
 
 if TYPE_CHECKING:
     from krea_dagster.application.quotes import Quoted
+    from krea_dagster.prompts.trial import TrialRows
     from krea_dagster.spend.quote import Quote, QuoteLine
 
 
@@ -38,6 +46,7 @@ _ALWAYS: Final = frozenset({"asked", "reused", "to_buy"})
 @click.command("quote")
 @buying_options
 @partition_option
+@trial_options
 @click.option("--by-partition", is_flag=True, help="List every partition, even if there are many.")
 @click.option(
     "--credits-per-usd",
@@ -48,7 +57,13 @@ _ALWAYS: Final = frozenset({"asked", "reused", "to_buy"})
 )
 @json_option
 def quote_command(
-    partitions: Sequence[str], credits_per_usd: float, *, by_partition: bool, as_json: bool
+    partitions: Sequence[str],
+    credits_per_usd: float,
+    *,
+    limit: int | None,
+    sample: int | None,
+    by_partition: bool,
+    as_json: bool,
 ) -> None:
     """Say what materialize would buy now, and at most for how much. Buys nothing.
 
@@ -56,7 +71,10 @@ def quote_command(
     the highest that this account has paid, and before the first purchase the published one.
     """
     krea = open_krea(reads_values=False)
-    quoted = krea.quote(partitions=partitions, credits_per_usd=credits_per_usd)
+    from krea_dagster.application.buy_options import BuyOptions
+
+    options = BuyOptions(limit=limit, sample=sample)
+    quoted = krea.quote(partitions=partitions, options=options, credits_per_usd=credits_per_usd)
     if as_json:
         show_json(quote_figures(quoted))
     else:
@@ -76,8 +94,10 @@ def show_quote(quoted: Quoted, *, by_partition: bool) -> None:
             source = "the highest that the journal has seen"
         out.print(f"price of {quality}: {credits_text(price.units)} credits ({source})")
     out.print(f"USD at {quote.credits_per_usd:g} credits per USD")
-    if total.purchases < total.to_buy:
-        out.print(f"{total.to_buy} rows share {total.purchases} purchases.")
+    if quoted.trial is not None:
+        out.print(trial_line(quoted.trial))
+    for note in quoted.notes:
+        out.print(escape(printable(f"note: {note}")))
     if total.at_stake:
         since = f", the oldest since {_since(total)}" if total.at_stake_since else ""
         out.print(
@@ -131,7 +151,14 @@ def quote_figures(quoted: Quoted) -> dict[str, Any]:
         "credits_per_usd": quote.credits_per_usd,
         "cap": quote.cap,
         "waiting": list(quoted.waiting),
+        "trial": trial_figures(quoted.trial),
+        "notes": list(quoted.notes),
     }
+
+
+def trial_figures(trial: TrialRows | None) -> dict[str, int] | None:
+    """Return the size of a trial for JSON."""
+    return None if trial is None else {"rows": trial.rows, "of": trial.of}
 
 
 def _line_figures(quote: Quote, line: QuoteLine) -> dict[str, Any]:

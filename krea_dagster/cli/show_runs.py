@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from rich.markup import escape
 from rich.table import Table
 
+from krea_dagster.cli.quote import trial_figures
 from krea_dagster.cli.terminal import out, printable
 from krea_dagster.engine.record import Record
 from krea_dagster.models import credits_from_units, credits_text
@@ -26,6 +27,7 @@ def show_materialized(done: Materialized, *, where: str, commands: Mapping[str, 
     progress = done.progress
     table = Table(show_header=False, box=None, pad_edge=False)
     rows: list[tuple[str, object]] = [
+        *([("trial", str(done.trial))] if done.trial is not None else []),
         ("asked", progress.total),
         ("delivered", progress.delivered),
         ("reused", progress.reused),
@@ -100,6 +102,7 @@ def materialized_figures(done: Materialized, *, where: str) -> dict[str, Any]:
     progress = done.progress
     return {
         "partitions": list(done.partitions),
+        "trial": trial_figures(done.trial),
         "asked": progress.total,
         "delivered": progress.delivered,
         "reused": progress.reused,
@@ -117,7 +120,7 @@ def materialized_figures(done: Materialized, *, where: str) -> dict[str, Any]:
         "run_ids": list(done.run_ids),
         "caps_reached": list(done.caps_reached),
         "dearer": list(done.price_increases),
-        "notes": list(done.notes),
+        "notes": [*done.table_notes, *done.notes],
         "missed_callbacks": done.missed_callbacks,
         "unknown": unknown_figures(done.unknown),
         "stopped": None if done.stopped is None else str(done.stopped),

@@ -98,6 +98,9 @@ class KreaImages(dg.Component, YamlSection):
             "are of the same kind. A value {env: NAME} names a variable."
         ),
     )
+    prompt_columns: list[str] = Field(
+        default=[], description=Settings.model_fields["prompt_columns"].description
+    )
     deps: list[str] = Field(
         default=[],
         description=(
@@ -274,6 +277,7 @@ class KreaImages(dg.Component, YamlSection):
         defs = build_krea_definitions(
             prompts=self._prompts(context),
             prompts_options=self.prompts_options,
+            prompt_columns=self.prompt_columns,
             deps=[dg.AssetKey.from_user_string(key) for key in self.deps],
             krea=self.build_resource(context),
             partition_by=self.partition_by,

@@ -38,6 +38,7 @@ def build_krea_definitions(
     *,
     prompts: Any,
     prompts_options: Mapping[str, Any] | None = None,
+    prompt_columns: Sequence[str] = (),
     krea: KreaResource,
     partition_by: str = "hash:8",
     start: str | None = None,
@@ -78,6 +79,8 @@ def build_krea_definitions(
             before it buys, and keeps it in ``prompt_tables`` of the storage root.
         prompts_options: How fsspec opens the table's URL; by default as the storage root, if that
             is of the same kind. Name secrets as ``dagster.EnvVar``.
+        prompt_columns: Columns that are read under another name (``text=prompt``), and columns that
+            are only copied to the manifest although their names suggest more (``n``).
         krea: The resource that buys the images.
         partition_by: ``hash:N``, ``column:NAME``, ``day:NAME``, ``week:NAME`` or ``month:NAME``.
             The last three may have a time zone (``day:NAME@Europe/Berlin``) and a column
@@ -162,6 +165,7 @@ def build_krea_definitions(
         krea,
         prompts=prompts,
         prompts_options=prompts_options,
+        prompt_columns=prompt_columns,
         partition_by=partition_by,
         defaults=defaults,
         count_tokens=count_tokens,
@@ -252,6 +256,7 @@ def prompt_table(
     *,
     prompts: Any,
     prompts_options: Mapping[str, Any] | None = None,
+    prompt_columns: Sequence[str] = (),
     partition_by: str = "hash:8",
     defaults: Defaults | None = None,
     count_tokens: Callable[[str], int] = estimate_tokens,
@@ -270,6 +275,7 @@ def prompt_table(
         defaults=defaults or Defaults(),
         count_tokens=count_tokens,
         name="/".join(names.prefix),
+        prompt_columns=prompt_columns,
     )
     options = _prompts_options(table.place, prompts_options, krea)
     # What has neither a prefix nor a path needs a name, by which the journal knows its rows.

@@ -39,6 +39,7 @@ def definitions_of(settings: Settings) -> dg.Definitions:
         prompts=settings.prompts,
         prompts_options=settings.prompts_options,
         partition_by=settings.partition_by,
+        prompt_columns=settings.prompt_columns,
         krea=resource_of(settings),
         backfill_policy=backfill_policy_of(settings.partitions_per_run),
         collect_later=settings.collect == "later",

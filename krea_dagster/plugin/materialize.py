@@ -11,6 +11,7 @@ from typing import Final
 
 import dagster as dg
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from krea_dagster.application.batch import Batch, PlanState
 from krea_dagster.application.buy_options import BuyOptions
@@ -40,6 +41,7 @@ from krea_dagster.plugin.partitions import (
 from krea_dagster.plugin.progress import observed
 from krea_dagster.plugin.prompts_metadata import plan_metadata
 from krea_dagster.prompts import EMPTY_PARTITION_VERSION
+from krea_dagster.prompts.trial import TrialRows
 
 #: The columns that are shown of a row without an image.
 MISSING_COLUMNS: Final = ("prompt_id", "prompt", "status", "error_code", "error_message")
@@ -62,8 +64,9 @@ class Materialized:
     ``missing`` are the rows without an image (``MISSING_COLUMNS``). ``failures`` are the texts
     of runs that failed; ``try_later`` if a later run may succeed. ``waiting`` are partitions of the
     table that Dagster does not have yet (future dates). ``notes`` are findings of the runs, such as
-    one file for several requests. ``unknown`` are all purchases of the journal with an unknown
-    outcome, the oldest first.
+    one file for several requests; ``table_notes`` were said before. ``unknown`` are all purchases
+    of the journal with an unknown outcome, the oldest first. ``trial`` are the rows of a trial,
+    whose ``missing`` are of these rows.
     """
 
     partitions: Sequence[str]
@@ -82,6 +85,8 @@ class Materialized:
     missed_callbacks: int = 0
     waiting: Sequence[str] = ()
     unknown: Sequence[Record] = ()
+    trial: TrialRows | None = None
+    table_notes: Sequence[str] = ()
 
 
 def materialize(
@@ -102,9 +107,13 @@ def materialize(
     table = krea.table().pinned()
     partitions_def = partitions_for(table, name="krea")
     options = options or BuyOptions()
-    runs = _Runs(listener)
+    trial = options.trial()
+    runs, results = _Runs(listener), list[dg.ExecuteInProcessResult]()
     runs.doing("reading the prompt table")
-    with Batch.read(table, list(partitions) or None, krea, to_buy=True, look=True) as batch:
+    keys = list(partitions) or None
+    with Batch.read(table, keys, krea, to_buy=True, look=True, trial=trial) as batch:
+        for note in batch.notes:
+            runs.say(f"Note: {note}.")
         check_options(krea, batch, options)
         state = batch.state(krea)
         in_table = table.partition_keys()
@@ -123,22 +132,26 @@ def materialize(
                 plan_metadata(batch.plan),
             )
             to_run = chosen
-            if options.only_missing and not partitions:
+            if (options.only_missing and not partitions) or trial is not None:
                 found = ranges(partitions_def, chosen, known)
                 to_run = _unfinished(instance, krea, batch, found, known=known, state=state)
                 runs.leave_out(batch, set(chosen) - set(to_run))
             with batch.handed_over(state):
-                results = [
-                    runs.run(job, instance, range_tags(start, end), options)
-                    for start, end in ranges(partitions_def, to_run, known)
-                    if runs.stopped is None
-                ]
+                for start, end in ranges(partitions_def, to_run, known):
+                    if runs.stopped is None:
+                        keys = known[known.index(start) : known.index(end) + 1]
+                        of_range = _of_range(options, batch, keys)
+                        results.append(runs.run(job, instance, range_tags(start, end), of_range))
         if not partitions:  # also if no partition needed a run
             retire_departed(krea, table)
-    storage = krea.open_storage()
+        missing = read_missing(krea.open_storage(), chosen, MISSING_COLUMNS)
+        if trial is not None:
+            in_trial = pa.array(batch.trial_ids(), pa.string())
+            missing = missing.filter(pc.is_in(missing["prompt_id"], value_set=in_trial))
+        trial_rows, notes = batch.trial_rows, batch.notes
     return Materialized(
         partitions=chosen,
-        missing=read_missing(storage, chosen, MISSING_COLUMNS),
+        missing=missing,
         progress=runs.total,
         seconds=time.monotonic() - started_s,
         dagster_home=str(home),
@@ -157,7 +170,16 @@ def materialize(
         ),
         waiting=sorted(set(in_table) - set(known)),
         unknown=krea.unknown(),
+        trial=trial_rows,
+        table_notes=notes,
     )
+
+
+def _of_range(options: BuyOptions, batch: Batch, keys: Sequence[str]) -> BuyOptions:
+    """Return the options of the run of some partitions: with its own part of a trial's rows."""
+    if batch.trial_rows is None:
+        return options
+    return options.of_rows(sum(batch.trial_rows.by_partition.get(key, 0) for key in keys))
 
 
 def _unfinished(
@@ -169,16 +191,23 @@ def _unfinished(
     known: Sequence[str],
     state: PlanState,
 ) -> list[str]:
-    """Return the partitions of these ranges, without those at their ends that need no run."""
+    """Return the partitions of these ranges, without those at their ends that need no run.
+
+    Those without a row of a trial need none.
+    """
+    rows = None if batch.trial_rows is None else batch.trial_rows.by_partition
     delivered = delivered_partitions(instance, Names())
     with krea.open_journal() as journal:
         return without_finished(
             found,
             known,
             lambda key: (
-                key in delivered
-                and is_finished(
-                    krea, batch, journal, key, intact=state.intact[batch.plan.place(key)]
+                (rows is not None and not rows.get(key))
+                or (
+                    key in delivered
+                    and is_finished(
+                        krea, batch, journal, key, intact=state.intact[batch.plan.place(key)]
+                    )
                 )
             ),
         )
@@ -257,7 +286,7 @@ class _Runs:
         """Count the images of partitions that need no run."""
         if not keys:
             return
-        rows = sum(len(batch.plan.digests(key)) for key in keys)
+        rows = sum(int(batch.inside(key).sum()) for key in keys)
         self.progress(Progress(total=rows, reused=rows))
         self._before = self.total
 

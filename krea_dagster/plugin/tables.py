@@ -14,7 +14,9 @@ from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.resource import KreaResource
 
 #: The arguments of ``build_krea_definitions`` that make its prompt table.
-_OF_THE_TABLE: Final = ("prompts", "prompts_options", "partition_by", "defaults", "count_tokens")
+_OF_THE_TABLE: Final = (
+    "prompts", "prompts_options", "prompt_columns", "partition_by", "defaults", "count_tokens"
+)  # fmt: skip
 
 #: Its arguments that all tables have in common.
 _SHARED: Final = frozenset(

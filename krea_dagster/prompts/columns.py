@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from krea_dagster.models import QUALITIES, SEED_MAX, SIZES
+from krea_dagster.prompts.blanks import are_invisible, is_invisible
 from krea_dagster.prompts.cells import (
     Bad,
     Cells,
@@ -30,6 +31,7 @@ from krea_dagster.prompts.cells import (
     time_keys,
     whole_cells,
 )
+from krea_dagster.prompts.hints import quality_hint, size_hint
 from krea_dagster.prompts.partitioning import (
     ColumnPartitions,
     MultiPartitions,
@@ -51,8 +53,8 @@ class ColumnRule:
     """What a recognised column may hold.
 
     ``fits`` says whether a type can hold it, ``read`` reads its cells, ``is_right`` checks a value,
-    and ``allowed`` says what is right. ``quick`` reads a column in which every cell is right as a
-    whole, and returns None for any other.
+    ``allowed`` says what is right, and ``hint`` what a wrong value may mean. ``quick`` reads a
+    column in which every cell is right as a whole, and returns None for any other.
     """
 
     kind: pa.DataType
@@ -62,6 +64,7 @@ class ColumnRule:
     is_right: Callable[[Any], bool]
     required: bool = False
     quick: Callable[[pa.Array], pa.Array | None] = field(default=lambda _: None)
+    hint: Callable[[Any], str] = field(default=lambda _: "")
 
     def cells(self, array: pa.Array) -> Cells[Any]:
         """Read cells, and check them."""
@@ -72,7 +75,10 @@ class ColumnRule:
             return cell
         if cell is None:
             return Bad("missing") if self.required else None
-        return cell if self.is_right(cell) else Bad(shown(cell))
+        if self.is_right(cell):
+            return cell
+        hint = self.hint(cell)
+        return Bad(shown(cell), f"{self.allowed}; {hint}" if hint else "")
 
 
 def read_recognised(
@@ -158,11 +164,6 @@ def value_of_text(column: str, text: str) -> str | int | bool | Bad | None:
     return Bad(shown(text), RULES[column].allowed) if value is None else value
 
 
-def is_blank(prompts: pa.Array) -> pa.Array:
-    """Return which prompts are empty or white space only."""
-    return pc.or_(pc.equal(prompts, ""), pc.utf8_is_space(prompts))
-
-
 def as_mask(flags: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
     """Return booleans as a numpy array."""
     return np.asarray(flags.to_numpy(zero_copy_only=False), np.bool_)
@@ -211,7 +212,7 @@ def _keys_of(
 
 def _right_prompts(array: pa.Array) -> pa.Array | None:
     values = texts(array)
-    if values is None or values.null_count or pc.any(is_blank(values)).as_py():
+    if values is None or values.null_count or pc.any(are_invisible(values)).as_py():
         return None
     return values
 
@@ -249,10 +250,10 @@ def _is_number(kind: pa.DataType) -> bool:
 RULES: Final[Mapping[str, ColumnRule]] = {
     "prompt": ColumnRule(
         pa.string(),
-        "must be text, and not only white space",
+        "must be text, and not only white space or invisible characters",
         _is_text_or_floats,
         text_cells,
-        lambda prompt: bool(prompt.strip()),
+        lambda prompt: not is_invisible(prompt),
         required=True,
         quick=_right_prompts,
     ),
@@ -271,6 +272,7 @@ RULES: Final[Mapping[str, ColumnRule]] = {
         _is_text_or_floats,
         text_cells,
         SIZES.__contains__,
+        hint=size_hint,
     ),
     "quality": ColumnRule(
         pa.string(),
@@ -278,6 +280,7 @@ RULES: Final[Mapping[str, ColumnRule]] = {
         _is_text_or_floats,
         text_cells,
         QUALITIES.__contains__,
+        hint=quality_hint,
     ),
     "seed": ColumnRule(
         pa.int64(),

@@ -6,7 +6,7 @@ what to do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,7 +54,8 @@ class TableFile:
     """One Parquet file of the table. ``name`` is shown in messages, without credentials.
 
     ``first_row`` is the number of its first row in the table, from 1. ``owner`` keeps a temporary
-    file as long as this one is used.
+    file as long as this one is used. ``schema`` may have columns that the file does not have, which
+    are null in its rows, and ``renamed`` maps other names of its columns to the file's own.
     """
 
     name: str
@@ -66,6 +67,7 @@ class TableFile:
     _fragment: Any
     _by_folder: FolderColumns = field(default_factory=FolderColumns)
     owner: object = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def row_count(self) -> int:
@@ -82,20 +84,24 @@ class TableFile:
         ConfigError.
         """
         columns = list(dict.fromkeys(columns))
+        own = [self.renamed.get(name, name) for name in columns]
         in_file = set(self._fragment.physical_schema.names)
-        read = [name for name in columns if name in in_file]
+        there = in_file | set(self._by_folder.values)
+        read = [name for name in own if name in in_file]
+        known = [name for name in own if name in there]
         with reading(self.name, self._path, self._options):
             metadata = self._fragment.metadata
             first_rows = [self.first_row]
             for group in range(metadata.num_row_groups):
                 first_rows.append(first_rows[-1] + metadata.row_group(group).num_rows)
-            wanted = self._groups(columns, keep)
+            wanted = self._groups(known, None if known != columns else keep)
             if not wanted or not columns:
                 return
             for group, batches in self._read(read, wanted):
                 row = first_rows[group]
                 for batch in batches:
-                    yield row, self._by_folder.complete(batch, columns, self.name, row)
+                    found = self._by_folder.complete(batch, known, self.name, row)
+                    yield row, _as_read(found, own, columns, batch.num_rows)
                     row += batch.num_rows
 
     def _read(
@@ -129,10 +135,9 @@ class TableFile:
         The row group must have been read before: Arrow ends the process when it is asked for the
         size of an encrypted column.
         """
+        own = self._fragment.physical_schema
         texts = {
-            name
-            for name in columns
-            if "." not in name and pa.types.is_string(self.schema.field(name).type)
+            name for name in columns if "." not in name and pa.types.is_string(own.field(name).type)
         }
         schema, row_group = self._fragment.metadata.schema, self._fragment.metadata.row_group(group)
         found = []
@@ -148,6 +153,16 @@ class TableFile:
             return list(range(self._fragment.metadata.num_row_groups))
         schema = pa.schema([self.schema.field(name) for name in columns])
         return [group.id for group in self._fragment.subset(filter=keep, schema=schema).row_groups]
+
+
+def _as_read(
+    batch: pa.RecordBatch, own: Sequence[str], columns: Sequence[str], rows: int
+) -> pa.RecordBatch:
+    """Return columns under the names that they are read by; null where the file has none."""
+    if batch.schema.names == columns:
+        return batch
+    arrays = [batch.column(name) if name in batch.schema.names else pa.nulls(rows) for name in own]
+    return pa.RecordBatch.from_arrays(arrays, names=list(columns))
 
 
 def _without_columns(rows: int) -> Iterator[pa.RecordBatch]:

@@ -46,8 +46,12 @@ PLAN_SCHEMA: Final = pa.schema(
 
 _KEY: Final = PLAN_SCHEMA.get_field_index("request_key")
 
-#: What is kept of each image on disk. The request keys are in memory, and do not compress.
-_KEPT: Final = [field for field in PLAN_SCHEMA if field.name != "request_key"]
+#: What is kept of each image on disk, after the number of its row. The request keys are in memory,
+#: and do not compress.
+_KEPT: Final = [
+    pa.field("row", pa.int64()),
+    *(field for field in PLAN_SCHEMA if field.name != "request_key"),
+]
 
 Mask = npt.NDArray[np.bool_]
 
@@ -69,6 +73,7 @@ class Plan:
         passthrough: Schema of the table's columns that are not recognised.
         warnings: The first rows whose prompt is longer than the model may read.
         warning_count: Number of all such rows.
+        notes: What is not a problem of the table, and perhaps not expected.
         all_digests: Request keys as bytes, shape (images, 32), partition by partition.
     """
 
@@ -79,6 +84,7 @@ class Plan:
     all_digests: Digests = field(repr=False)
     _places: Mapping[str, slice] = field(repr=False)
     _spool: Spool | None = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     def part(self, keys: Sequence[str]) -> Plan:
         """Return the plan of some of its partitions, for another user, who closes it too."""
@@ -114,16 +120,22 @@ class Plan:
 
     def batches(self, key: str) -> Iterator[pa.RecordBatch]:
         """Yield the images of a partition: ``PLAN_SCHEMA``, then the passthrough columns."""
+        for _, batch in self.numbered_batches(key):
+            yield batch
+
+    def numbered_batches(self, key: str) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
+        """Yield ``batches``, each with the numbers of the rows that request its images."""
         if self._spool is None:
             return
         digests, start = self.digests(key), 0
         for batch in self._spool.batches(key):
             end = start + batch.num_rows
-            columns = batch.columns
+            columns = batch.columns[1:]
             columns.insert(_KEY, hex_from_digests(digests[start:end]))
-            fields = list(batch.schema)
+            fields = list(batch.schema)[1:]
             fields.insert(_KEY, PLAN_SCHEMA.field(_KEY))
-            yield pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
+            found = pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
+            yield np.asarray(batch.column(0).to_numpy(), np.int64), found
             start = end
 
     def digests(self, key: str) -> Digests:
@@ -237,7 +249,13 @@ class Planner:
             if self._spool is not None and part.images is not None:
                 self._spool.add(part.images, numbers)
 
-    def plan(self, named: Iterable[str], warnings: tuple[Problem, ...], warning_count: int) -> Plan:
+    def plan(
+        self,
+        named: Iterable[str],
+        warnings: tuple[Problem, ...],
+        warning_count: int,
+        notes: tuple[str, ...] = (),
+    ) -> Plan:
         """Return the plan of all rows. Nothing can be added afterwards."""
         keys = self._keys.in_order()
         ends = np.cumsum(self._counts[: len(keys)][np.argsort(self._keys.ranks())])
@@ -253,6 +271,7 @@ class Planner:
                 for key, start, end in zip(keys, [0, *ends.tolist()], ends.tolist(), strict=False)
             },
             _spool=self._spool,
+            notes=notes,
         )
 
     def _in_order(self, ends: npt.NDArray[np.int64]) -> Digests:

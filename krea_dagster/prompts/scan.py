@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -20,7 +21,9 @@ import pyarrow.compute as pc
 
 from krea_dagster import redact
 from krea_dagster.errors import ConfigError, Problem
-from krea_dagster.prompts.cells import Bad, plain_array, shown
+from krea_dagster.prompts.blanks import blanks_note, rows_that_differ_by_blanks, unusual_hashes
+from krea_dagster.prompts.cells import Bad, plain_array, shown, whole_cells
+from krea_dagster.prompts.column_names import check_prompt_columns
 from krea_dagster.prompts.columns import (
     BadCells,
     as_mask,
@@ -29,6 +32,7 @@ from krea_dagster.prompts.columns import (
     text_values,
 )
 from krea_dagster.prompts.duplicates import find_duplicates, hashes_of_ids
+from krea_dagster.prompts.hints import seeds_hint
 from krea_dagster.prompts.identity import buckets, derived_prompt_ids
 from krea_dagster.prompts.murmur import Hashes, hashes_of_texts
 from krea_dagster.prompts.partitioning import HashPartitions, PartitionBy
@@ -91,6 +95,7 @@ class _BatchResult:
     """The result of checking one batch; ``chunk`` is None where there is a problem or no row.
 
     ``hashes`` are those of every prompt_id of the batch, in any partition, of ``hash:N``.
+    ``unusual`` are those of prompts with blanks or invisible characters that none needs.
     """
 
     problems: Problems = field(default_factory=Problems)
@@ -98,6 +103,7 @@ class _BatchResult:
     chunk: Chunk | None = None
     bad_keys: dict[str, BadCells] = field(default_factory=dict)
     hashes: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
+    unusual: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
 
 
 class Scan:
@@ -116,6 +122,7 @@ class Scan:
         count_tokens: Callable[[str], int],
         max_prompt_tokens: int,
         passthrough: bool,
+        prompt_columns: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._source = source
         self._by = by
@@ -126,11 +133,21 @@ class Scan:
         self._wanted_keys = pa.array(sorted(wanted or ()), pa.string())
         self._problems = Problems()
         self.warnings = Problems()
-        self._layout = Layout.of(by, source.files(), self._problems)
+        self._notes: list[str] = []
+        self._is_noted = passthrough  # a pass for data versions says nothing to a person
+        files = source.files()
+        names = [name for file in files for name in file.schema.names]
+        check_prompt_columns(list(dict.fromkeys(names)), prompt_columns, source.shown)
+        self._layout = Layout.of(by, files, self._problems, prompt_columns)
         self.passthrough_schema = self._layout.passthrough if passthrough else pa.schema([])
-        names = by.keys() if isinstance(by, HashPartitions) else []
-        self._bucket_names = pa.array(names, pa.string())
-        self._wanted_buckets = np.flatnonzero([name in (wanted or ()) for name in names])
+        keys = by.keys() if isinstance(by, HashPartitions) else []
+        self._bucket_names = pa.array(keys, pa.string())
+        self._wanted_buckets = np.flatnonzero([key in (wanted or ()) for key in keys])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is not a problem, and perhaps not expected; complete at the end of the pass."""
+        return (*self._layout.notes, *self._notes)
 
     def map(self, use: Callable[[Chunk], _T]) -> Iterator[_T]:
         """Yield ``use(chunk)`` for each chunk, in their order; it is called in threads."""
@@ -151,14 +168,41 @@ class Scan:
         if has_ids and not isinstance(self._by, HashPartitions):
             find_duplicates(hashes_of_ids(files), files, self._problems)
         hashes: list[Hashes] = []
+        unusual: list[Hashes] = []
         for result, made in _in_threads(work, self._batches()):
             hashes.append(result.hashes)
+            unusual.append(result.unusual)
             self._problems.add(*result.problems.first, count=result.problems.count)
             self.warnings.add(*result.warnings.first, count=result.warnings.count)
             if made is not None and not self._problems.count:
                 yield made
         find_duplicates(hashes, files, self._problems)
-        self._problems.raise_for(self._source.shown)
+        self._problems.raise_for(self._source.shown, self._hints)
+        if any(map(len, unusual)):
+            self._note_blanks(np.concatenate(unusual))
+
+    def _note_blanks(self, suspects: Hashes) -> None:
+        prompts = (
+            (first, text_values(batch.column(0)))
+            for file in self._layout.files
+            for first, batch in file.batches(["prompt"])
+        )
+        if pairs := rows_that_differ_by_blanks(prompts, suspects):
+            self._notes.append(blanks_note(pairs))
+
+    def _hints(self) -> list[str]:
+        """Return what may help to correct the table."""
+        wrong = {problem.column for problem in self._problems.first}
+        if "seed" not in wrong & set(self._layout.recognised):
+            return []
+        seeds = (
+            seed
+            for file in self._layout.files
+            for _, batch in file.batches(["seed"])
+            for seed in whole_cells(batch.column(0))
+        )
+        hint = seeds_hint(seed for seed in seeds if isinstance(seed, int))
+        return [hint] if hint else []
 
     def _batches(self) -> Iterator[tuple[str, int, pa.RecordBatch]]:
         layout = self._layout
@@ -186,6 +230,8 @@ class Scan:
         rows, bad = read_recognised(plain, len(batch.numbers), self._defaults)
         self._add_problems(rows, bad, batch, result)
         if not result.problems.count:
+            if self._is_noted:
+                result.unusual = unusual_hashes(rows["prompt"])
             result.chunk = self._chunk(rows, _Batch(batch.numbers, plain, batch.keys))
         return result
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 import pyarrow as pa
@@ -189,21 +191,27 @@ def place_of(source: Source) -> str:
     return str(source) if isinstance(source, str | Path) else ""
 
 
-def reading_of(source: Source, options: Options, kept: Kept | None = None) -> Reading:
+def reading_of(
+    source: Source,
+    options: Options,
+    kept: Kept | None = None,
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> Reading:
     """Return a source as it is now: a function is called. Raises ConfigError.
 
     ``kept`` has the last copy of the table, which is used again where its mark is still the same.
+    ``renamed`` are the names under which columns of a CSV file are read: they decide the types.
     """
     if isinstance(source, Reading):
         return source
     kept = kept or Kept()
     if not is_function(source):
-        return _reading_of(source, source, options, kept)
+        return _reading_of(source, source, options, kept, renamed)
     shown = shown_source(source)
     result = _called(source, shown)
     if is_function(result):
         raise ConfigError(f"{shown} is a function again; return a path or a table")
-    return _reading_of(source, source_of(result, shown), options, kept)
+    return _reading_of(source, source_of(result, shown), options, kept, renamed)
 
 
 def files_of_copy(copy: Copy, shown: str) -> list[TableFile]:
@@ -211,7 +219,9 @@ def files_of_copy(copy: Copy, shown: str) -> list[TableFile]:
     return [replace(file, name=shown, owner=copy) for file in open_files(copy.path)]
 
 
-def _reading_of(source: Source, found: Source, options: Options, kept: Kept) -> Reading:
+def _reading_of(
+    source: Source, found: Source, options: Options, kept: Kept, renamed: Mapping[str, str]
+) -> Reading:
     """Return the reading of what a source is, or of what its function has returned."""
     if isinstance(found, Given):
         return GivenReading(source, found)
@@ -233,7 +243,7 @@ def _reading_of(source: Source, found: Source, options: Options, kept: Kept) -> 
     if kind in FORMATS:
         table = open_table(kind, place, shown, options)
         return CopiedReading(source, shown, kept, table.mark, table.stream)
-    read = csv_stream if kind is Kind.CSV else jsonl_stream
+    read = partial(csv_stream, renamed=renamed) if kind is Kind.CSV else jsonl_stream
     return CopiedReading(
         source,
         shown,

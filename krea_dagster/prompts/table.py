@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from krea_dagster.errors import ConfigError
 from krea_dagster.file_systems import Options
 from krea_dagster.prompts.cells import shown
+from krea_dagster.prompts.column_names import parse_prompt_columns
 from krea_dagster.prompts.columns import partition_keys
 from krea_dagster.prompts.kinds import kind_by_name
 from krea_dagster.prompts.partitioning import (
@@ -36,6 +37,7 @@ from krea_dagster.prompts.sources import (
 )
 from krea_dagster.prompts.table_schema import Layout, Problems, problem_in
 from krea_dagster.prompts.tokens import MAX_TOKENS, estimate_tokens
+from krea_dagster.prompts.united import united
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class PromptTable:
         max_prompt_tokens: A prompt with more tokens is a problem of its row.
         name: Distinguishes tables that share a journal. Empty: the path ``source`` does.
         storage_options: How fsspec opens a URL. A value ``{"env": "NAME"}`` names a variable.
+        prompt_columns: Columns that are read under another name (``text=prompt``), and columns that
+            are only copied to the manifest although their names suggest more (``n``).
 
     Raises:
         ConfigError: By every method: a file is missing or cannot be read.
@@ -67,10 +71,13 @@ class PromptTable:
     max_prompt_tokens: int = MAX_TOKENS
     name: str = ""
     storage_options: Options = field(default_factory=dict, hash=False, repr=False)
+    prompt_columns: Sequence[str] = ()
     _kept: Kept = field(default_factory=Kept, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "source", source_of(self.source))
+        parse_prompt_columns(self.prompt_columns)  # so that a wrong one is refused here
+        object.__setattr__(self, "prompt_columns", tuple(self.prompt_columns))
 
     @property
     def shown(self) -> str:
@@ -92,7 +99,7 @@ class PromptTable:
 
         Raises ConfigError.
         """
-        reading = reading_of(self.source, self.storage_options, self._kept)
+        reading = self._reading()
         return self if reading is self.source else replace(self, source=reading)
 
     def mark(self) -> str:
@@ -131,8 +138,8 @@ class PromptTable:
 
     def column_names(self) -> list[str]:
         """Return the names of the columns, from the footers of the files."""
-        files = self._reading().files()
-        return list(dict.fromkeys(name for file in files for name in file.schema.names))
+        files, _ = united(self._reading().files(), parse_prompt_columns(self.prompt_columns))
+        return list(dict.fromkeys(files[0].schema.names))
 
     def plan(
         self,
@@ -188,10 +195,12 @@ class PromptTable:
             count_tokens=self.count_tokens,
             max_prompt_tokens=self.max_prompt_tokens,
             passthrough=passthrough,
+            prompt_columns=parse_prompt_columns(self.prompt_columns),
         )
 
     def _reading(self) -> Reading:
-        return reading_of(self.source, self.storage_options, self._kept)
+        names = parse_prompt_columns(self.prompt_columns)
+        return reading_of(self.source, self.storage_options, self._kept, names)
 
     def _plan(
         self,
@@ -212,7 +221,7 @@ class PromptTable:
             for planned in scan.map(planner.planned):
                 planner.add(planned)
             warnings = scan.warnings
-            return planner.plan(named or (), tuple(warnings.first), warnings.count)
+            return planner.plan(named or (), tuple(warnings.first), warnings.count, scan.notes)
         except BaseException:
             planner.close()
             raise
@@ -230,7 +239,8 @@ class PromptTable:
     def _keys_in_table(self, by: ColumnPartitions | TimePartitions | MultiPartitions) -> set[str]:
         problems = Problems()
         reading = self._reading()
-        layout = Layout.of(by, reading.files(), problems)
+        names = parse_prompt_columns(self.prompt_columns)
+        layout = Layout.of(by, reading.files(), problems, names)
         keys: set[str] = set()
         for file in layout.files if layout.partition_columns else ():
             for first, batch in file.batches(layout.partition_columns):

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 import pyarrow as pa
 
 from krea_dagster.errors import Problem, PromptTableError
 from krea_dagster.prompts.cells import Bad, is_text, plain, plain_type
+from krea_dagster.prompts.column_names import SETTING, accepted, read_as
 from krea_dagster.prompts.columns import RULES
 from krea_dagster.prompts.files import TableFile
+from krea_dagster.prompts.near_miss import near_misses, prompt_meant
 from krea_dagster.prompts.partitioning import (
     HashPartitions,
     MultiPartitions,
     PartitionBy,
     TimePartitions,
 )
+from krea_dagster.prompts.united import MissingColumn, united, widest_type
 
 #: How many problems an error names; the others are counted.
 MAX_PROBLEMS: Final = 20
 
 #: The columns that mean something. Only ``prompt`` is required.
 RECOGNISED_COLUMNS: Final = tuple(RULES)
+
+#: The columns that every file of a table must have, or none.
+_IN_EVERY_FILE: Final = ("prompt", "prompt_id")
 
 #: The manifest's own columns. A passthrough column may not have such a name, because the manifest
 #: holds both.
@@ -70,10 +77,10 @@ class Problems:
         self.first = sorted([*self.first, *problems], key=lambda problem: problem.row or 0)
         del self.first[MAX_PROBLEMS:]
 
-    def raise_for(self, source: str) -> None:
-        """Raise PromptTableError if there was a problem."""
+    def raise_for(self, source: str, hints: Callable[[], Sequence[str]] = tuple) -> None:
+        """Raise PromptTableError if there was a problem; ``hints`` may help to correct it."""
         if self.count:
-            raise PromptTableError(source, self.first, self.count)
+            raise PromptTableError(source, self.first, self.count, hints())
 
 
 def problem_in(row: int, prompt_id: str | None, column: str, bad: Bad) -> Problem:
@@ -87,19 +94,33 @@ class Layout:
     """The files of a table and the columns that can be used; the others are problems.
 
     ``passthrough`` are the columns that are copied to the manifest. ``partition_columns`` decide
-    the partition; the tuple is empty where one of them cannot be used.
+    the partition; the tuple is empty where one of them cannot be used. ``notes`` say what is not a
+    problem and perhaps not expected.
     """
 
     files: list[TableFile]
     recognised: tuple[str, ...]
     passthrough: pa.Schema
     partition_columns: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, by: PartitionBy, files: list[TableFile], problems: Problems) -> Layout:
-        """Read the files' schemas, and add what is wrong with them to ``problems``."""
+    def of(
+        cls,
+        by: PartitionBy,
+        files: list[TableFile],
+        problems: Problems,
+        prompt_columns: Mapping[str, str] = MappingProxyType({}),
+    ) -> Layout:
+        """Read the files' schemas, and add what is wrong with them to ``problems``.
+
+        ``prompt_columns`` are the names under which columns are read, by their names in the table.
+        """
+        files, missing = united(files, prompt_columns)
         names = list(dict.fromkeys(files[0].schema.names))
-        unusable = _doubled(files, problems) | _not_everywhere(files, problems)
+        unusable = _doubled(files, problems)
+        notes = _noted(missing, {*_IN_EVERY_FILE, *by.columns}, problems)
+        notes += _near_misses(names, {*accepted(names, prompt_columns), *by.columns}, problems)
         _missing(names, "prompt", "the table needs this column", problems)
         for name in by.columns:
             if name != "prompt":
@@ -116,7 +137,7 @@ class Layout:
                     recognised.append(name)
                 continue
             if name in RESERVED_COLUMNS:
-                problems.add(_of_table(name, "", "is a column of the image manifest; rename it"))
+                problems.add(_reserved(name))
             kind = _one_type(name, types, problems)
             if kind is not None:
                 passthrough.append(pa.field(name, kind))
@@ -129,7 +150,7 @@ class Layout:
             and _types_fit(name, _types(files, name), fits, allowed, problems)
         ]
         deciding = by.columns if len(usable) == len(by.columns) else ()
-        return cls(files, tuple(recognised), pa.schema(passthrough), deciding)
+        return cls(files, tuple(recognised), pa.schema(passthrough), deciding, tuple(notes))
 
 
 def _of_table(name: str, value: str, allowed: str) -> Problem:
@@ -156,16 +177,38 @@ def _doubled(files: Iterable[TableFile], problems: Problems) -> set[str]:
     return doubled
 
 
-def _not_everywhere(files: Sequence[TableFile], problems: Problems) -> set[str]:
-    missing: set[str] = set()
-    columns = {file.name: dict.fromkeys(file.schema.names) for file in files}
-    for name in dict.fromkeys(name for names in columns.values() for name in names):
-        without = next((file for file, names in columns.items() if name not in names), None)
-        if without is not None:
-            missing.add(name)
-            allowed = "all files of a table must have the same columns"
-            problems.add(_of_table(name, f"missing in {without}", allowed))
-    return missing
+def _noted(
+    missing: Sequence[MissingColumn], needed: Collection[str], problems: Problems
+) -> list[str]:
+    """Return what is said of columns that some files lack; of a needed one it is a problem."""
+    for column in missing:
+        if column.name in needed:
+            value = f"missing in {column.first}"
+            problems.add(_of_table(column.name, value, "every file of the table needs this column"))
+    return [str(column) for column in missing if column.name not in needed]
+
+
+def _near_misses(names: Sequence[str], accepted: Collection[str], problems: Problems) -> list[str]:
+    """Return what is said of columns that nothing reads, unless they are problems."""
+    said: list[str] = []
+    for found in near_misses(names, accepted):
+        if found.stops:
+            problems.add(_of_table(found.column, "not read", found.said))
+        else:
+            said.append(f"{plain(found.column)} is not read: {found.said}")
+    return said
+
+
+def _reserved(name: str) -> Problem:
+    """Return the problem of a column that the manifest has too."""
+    new = plain(f"table_{name}")
+    allowed = (
+        f"the image manifest has a column of this name; rename it, or read it by {SETTING} "
+        f"{plain(name)}={new}"
+    )
+    if name in {"width", "height"}:
+        allowed += "; the shape of an image is its size, a ratio such as 16:9"
+    return _of_table(name, "", allowed)
 
 
 def _missing(names: list[str], name: str, need: str, problems: Problems) -> None:
@@ -176,7 +219,8 @@ def _missing(names: list[str], name: str, need: str, problems: Problems) -> None
         there += f" and {len(names) - MAX_PROBLEMS} more"
     by_lower = {other.lower(): other for other in reversed(names)}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    guess = f"; is {plain(by_lower[close[0]])} meant?" if close else ""
+    meant = by_lower[close[0]] if close else prompt_meant(names) if name == "prompt" else None
+    guess = "" if meant is None else f"; is {plain(meant)} meant? Read it by {read_as(meant, name)}"
     problems.add(_of_table(name, "missing", f"{need}; its columns are: {there}{guess}"))
 
 
@@ -236,6 +280,8 @@ def _one_type(name: str, types: dict[pa.DataType, str], problems: Problems) -> p
         for fits, common in _COMMON_TYPES:
             if all(map(fits, kinds)):
                 return common
+        if (widest := widest_type(kinds)) is not None:
+            return widest
         value = " and ".join(f"{kind} in {types[kind]}" for kind in kinds[:2])
         allowed = "a column must have one type in all files"
         problems.add(_of_table(name, f"of the types {value}", allowed))

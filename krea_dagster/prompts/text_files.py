@@ -11,15 +11,17 @@ import csv
 import io
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, Final
 
 import pyarrow as pa
 
 from krea_dagster.errors import ConfigError, Problem
 from krea_dagster.prompts.cells import Bad, plain
+from krea_dagster.prompts.column_names import read_names
 from krea_dagster.prompts.columns import type_of_text, value_of_text
 from krea_dagster.prompts.table_schema import Problems
 
@@ -79,10 +81,17 @@ class TextFile:
             )
 
 
-def csv_stream(file: TextFile) -> pa.RecordBatchReader:
-    """Return the rows of a CSV file. Raises ConfigError for a broken line, also later."""
+def csv_stream(
+    file: TextFile, renamed: Mapping[str, str] = MappingProxyType({})
+) -> pa.RecordBatchReader:
+    """Return the rows of a CSV file, with some columns ``renamed``.
+
+    Raises ConfigError for a broken line, also later.
+    """
     rows = _csv_rows(file)
     header = next(rows)
+    names = read_names(header, renamed)
+    header = [names.get(column, column) for column in header]
     schema = pa.schema([(column, type_of_text(column)) for column in header])
     return pa.RecordBatchReader.from_batches(schema, _csv_batches(rows, schema, file.name))
 

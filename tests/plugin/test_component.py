@@ -52,6 +52,7 @@ KEY = "sk-of-the-component-7Hq2"
 EVERYTHING: dict[str, Any] = {
     "prompts": "data/prompts.parquet",
     "prompts_options": {"anon": True},
+    "prompt_columns": ["text=prompt", "n"],
     "deps": ["raw/prompts", "raw_styles"],
     "partition_by": "day:day@Europe/Berlin",
     "start": "2026-10-26",

@@ -212,13 +212,88 @@ def disagreement(write: Write, tmp_path: Path, first: Any, second: Any) -> str:
     return str(caught.value)
 
 
-def test_a_column_that_a_file_lacks_is_named_with_the_file(write: Write, tmp_path: Path) -> None:
-    said = disagreement(
-        write, tmp_path, {"prompt": ["a"], "seed": [1]}, {"prompt": ["b"], "tag": ["x"]}
+def test_a_column_that_a_file_lacks_is_empty_in_its_rows_and_said(
+    write: Write, tmp_path: Path
+) -> None:
+    write({"prompt": ["a"], "seed": [1]}, "table/a.parquet")
+    write({"tag": ["x"], "prompt": ["b"]}, "table/b.parquet")
+    write({"prompt": ["c"]}, "table/c.parquet")
+    table = opened(tmp_path / "table")
+    rows = read_rows(table)
+    assert [(row.row, row.prompt, row.seed) for row in rows.rows] == [
+        (1, "a", 1),
+        (2, "b", None),
+        (3, "c", None),
+    ]
+    assert rows.passthrough.to_pylist() == [{"tag": None}, {"tag": "x"}, {"tag": None}]
+    with table.plan() as plan:
+        assert plan.notes == (
+            (
+                "seed is not a column of 2 of 3 files, and is empty in their rows (the first is "
+                f"{tmp_path}/table/b.parquet)"
+            ),
+            (
+                "tag is not a column of 2 of 3 files, and is empty in their rows (the first is "
+                f"{tmp_path}/table/a.parquet)"
+            ),
+        )
+
+
+def test_a_united_table_is_bought_as_its_rows_in_one_file(write: Write, tmp_path: Path) -> None:
+    write({"prompt": ["a"], "prompt_id": ["1"], "day": ["2026-11-01"]}, "table/a.parquet")
+    write(
+        {"day": ["2026-11-02"], "size": ["16:9"], "prompt_id": ["2"], "prompt": ["b"]},
+        "table/b.parquet",
     )
-    assert "seed is missing in" in said
-    assert "table/b.parquet; all files of a table must have the same columns" in said
-    assert "tag is missing in" in said
+    whole = write(
+        {
+            "prompt": ["a", "b"],
+            "prompt_id": ["1", "2"],
+            "day": ["2026-11-01", "2026-11-02"],
+            "size": [None, "16:9"],
+        }
+    )
+    for keys in (None, ["2026-11-02"]):
+        found = opened(tmp_path / "table", "day:day").versions(keys)
+        assert found == opened(whole, "day:day").versions(keys)
+
+
+@pytest.mark.parametrize("name", ["prompt", "prompt_id", "part"])
+def test_a_column_that_every_row_needs_is_missing_in_a_file_by_its_name(
+    name: str, write: Write, tmp_path: Path
+) -> None:
+    columns = {"prompt": ["a"], "prompt_id": ["1"], "part": ["x"]}
+    write(columns, "table/a.parquet")
+    write({key: value for key, value in columns.items() if key != name}, "table/b.parquet")
+    with pytest.raises(PromptTableError) as caught:
+        opened(tmp_path / "table", "column:part").plan()
+    assert f"{name} is missing in {tmp_path}/table/b.parquet" in str(caught.value)
+    assert "every file of the table needs this column" in str(caught.value)
+
+
+def test_types_that_widen_are_widened(write: Write, tmp_path: Path) -> None:
+    write(
+        {
+            "prompt": ["a"],
+            "at": pa.array([1], pa.timestamp("us")),
+            "tags": pa.array([[1]], pa.list_(pa.int32())),
+            "meta": [{"a": 1}],
+        },
+        "table/a.parquet",
+    )
+    write(
+        {
+            "prompt": ["b"],
+            "at": pa.array([1], pa.timestamp("ns")),
+            "tags": pa.array([[2**40]], pa.list_(pa.int64())),
+            "meta": [{"a": 2, "b": "x"}],
+        },
+        "table/b.parquet",
+    )
+    rows = read_rows(opened(tmp_path / "table")).passthrough
+    assert rows.schema.field("at").type == pa.timestamp("ns")
+    assert rows["tags"].to_pylist() == [[1], [2**40]]
+    assert rows["meta"].to_pylist() == [{"a": 1, "b": None}, {"a": 2, "b": "x"}]
 
 
 def test_a_further_column_of_two_types_is_named_with_both_files(

@@ -26,7 +26,7 @@ from krea_dagster.prompts import (
     parse_partition_by,
 )
 from krea_dagster.prompts import spool as spool_module
-from krea_dagster.prompts.columns import is_blank
+from krea_dagster.prompts.blanks import are_invisible
 from krea_dagster.prompts.identity import buckets, sha256
 from krea_dagster.prompts.identity import partition_version as version_of_digests
 from krea_dagster.prompts.murmur import hashes_of_texts
@@ -154,7 +154,7 @@ def test_a_prompt_of_any_white_space_is_looked_at_closely() -> None:
     blank = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()]
     assert len(blank) > 20
     prompts = pa.array([*blank, *(f" {space}\n" for space in blank)], pa.string())
-    assert pc.all(is_blank(prompts)).as_py()
+    assert pc.all(are_invisible(prompts)).as_py()
 
 
 @given(st.one_of(TEXTS, st.from_regex(r"([A-Z]?[a-z]+|[A-Z]+|[0-9 ,.é]+){1,40}", fullmatch=True)))

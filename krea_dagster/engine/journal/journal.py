@@ -118,8 +118,14 @@ class Journal:
             connection.execute(update(about).where(about.c.origin.is_(None)).values(origin=origin))
             return connection.execute(select(about.c.origin)).scalar()
 
-        bound = self.database.write("bind", write)
-        if bound != origin:
+        self._check_origin(self.database.write("bind", write) or "", origin)
+
+    def check_origin(self, origin: str) -> None:
+        """Check what ``bind`` would, and bind nothing. Raises ConfigError."""
+        self._check_origin(self.origin(), origin)
+
+    def _check_origin(self, bound: str, origin: str) -> None:
+        if bound and bound != origin:
             raise ConfigError(
                 f"the journal {self.database.where} holds images from {bound}, and this run would "
                 f"buy from {origin}. Nothing was bought. Use another storage root "

@@ -21,7 +21,7 @@ from krea_dagster.application.quota import QuotaState
 from krea_dagster.application.quotes import quote_images
 from krea_dagster.application.run import buy_batch, prepared, write_manifests
 from krea_dagster.application.run_log import RunLog
-from krea_dagster.application.run_text import cancel_line, end_line, quote_line
+from krea_dagster.application.run_text import cancel_line, end_line, quote_line, trial_line
 from krea_dagster.engine.run.report import RunReport
 from krea_dagster.manifest import MANIFEST_SCHEMA, Manifests, manifest_name
 from krea_dagster.plugin.checks import CHECK_NAME, check_rows
@@ -47,7 +47,7 @@ from krea_dagster.plugin.resource import krea_of
 from krea_dagster.plugin.sensors.collect import GOES_ON, GOES_ON_TAG
 from krea_dagster.plugin.sensors.prompts import ignoring
 from krea_dagster.plugin.upstream import CoercibleToAssetDep, PromptsAsset, Upstream
-from krea_dagster.prompts import Plan, PromptTable
+from krea_dagster.prompts import PromptTable
 from krea_dagster.spend.quote import QuoteLine
 
 #: Logged if callbacks are configured but do not arrive.
@@ -266,6 +266,9 @@ class _ImagesStep:
             refuse_second_journal(
                 context, self.names.key("images"), krea, self.table, self.relative
             )
+        config = config.of_run(context.run.tags)
+        if tags := config.trial_tags():
+            context.instance.add_run_tags(context.run.run_id, dict(tags))
         with ExitStack() as stack:
             log = stack.enter_context(step_log(context.log, "reading the prompt table"))
             with as_failure():
@@ -288,6 +291,8 @@ class _ImagesStep:
                 plan_metadata(batch.plan, self.upstream.lineage(batch.table)),
             )
             _log_before(context, batch, krea, quota)
+            if batch.trial_rows is not None:
+                log.say(trial_line(batch.trial_rows))
             with self._kept_if_cancelled(context, log, batch, krea):
                 report, quoted = self._buy(context, krea, batch, config, log)
                 log.doing("reading what became of each partition")
@@ -298,7 +303,17 @@ class _ImagesStep:
             _tag_run(context, report, total, batch.held_count)
             log.say(end_line(report.progress, report.seconds, krea.open_storage().shown("")))
             log.doing("reporting the partitions to Dagster")
-            yield dg.MaterializeResult(check_results=[check_rows(total, report, batch.held_count)])
+            yield dg.MaterializeResult(
+                check_results=[
+                    check_rows(
+                        total,
+                        report,
+                        batch.held_count,
+                        trial=batch.trial_rows,
+                        notes=batch.notes,
+                    )
+                ]
+            )
             if report.stopped is not None:
                 log.doing("writing the manifests")
                 # The step that writes the manifest will not run after this one has failed.
@@ -455,8 +470,8 @@ def partition_keys_of(context: dg.AssetExecutionContext) -> list[str]:
 def _log_before(
     context: dg.AssetExecutionContext, batch: Batch, krea: Backend, quota: QuotaState
 ) -> None:
-    if batch.plan.warning_count:
-        context.log.warning(_warnings(batch.plan))
+    for note in batch.notes:
+        context.log.warning("%s.", note)
     if quota.outcomes:
         context.log.info(quota.line())
     if krea.settings.emulator:
@@ -480,8 +495,3 @@ def _log_after(context: dg.AssetExecutionContext, report: RunReport) -> None:
         context.log.warning(_MISSED, report.missed_callbacks)
     for message in report.caps_reached:
         context.log.warning("%s. The rows that did not fit are deferred.", message)
-
-
-def _warnings(plan: Plan) -> str:
-    lines = "\n".join(f"  {problem}" for problem in plan.warnings)
-    return f"{plan.warning_count} prompts are very long:\n{lines}"

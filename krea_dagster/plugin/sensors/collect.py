@@ -19,6 +19,7 @@ from krea_dagster.engine.journal.rows import chunks
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import State
 from krea_dagster.errors import KreaError
+from krea_dagster.plugin.config import TRIAL_TAG
 from krea_dagster.plugin.names import JOB_NAME, Names
 from krea_dagster.plugin.partitions import RANGE_END_TAG, RANGE_START_TAG
 from krea_dagster.plugin.resource import krea_of
@@ -27,8 +28,8 @@ from krea_dagster.plugin.sensors.pruning import UNFINISHED
 #: The tag of a run that collects: the number of images that are due.
 COLLECTS_TAG: Final = "krea/collects"
 
-#: The tags with the partitions of a run.
-_PARTITION_TAGS: Final = ("dagster/partition", RANGE_START_TAG, RANGE_END_TAG)
+#: The tags with the partitions of a run, and with the rows of them that it takes.
+_PARTITION_TAGS: Final = ("dagster/partition", RANGE_START_TAG, RANGE_END_TAG, TRIAL_TAG)
 
 #: Runs that one tick launches; the next tick launches the rest.
 _MOST_RUNS: Final = 10

@@ -200,6 +200,32 @@ def test_a_run_submits_and_ends_and_the_sensor_launches_the_one_that_collects(
         assert not tick(defs, instance, "krea_collect").run_requests
 
 
+def test_what_collects_a_trial_buys_no_other_rows(
+    tmp_path: Path, slow: Emulator, server_clock: ServerClock
+) -> None:
+    defs = location(tmp_path, slow)
+    job = defs.resolve_job_def("krea_images")
+    with dg.DagsterInstance.ephemeral() as instance:
+        limited = {"ops": {"images": {"config": {"limit": 2}}}}
+        assert job.execute_in_process(instance=instance, tags=RANGE, run_config=limited).success
+        assert slow.stats()["creates"] == 2
+        _make_older(tmp_path / "krea" / "journal.db", seconds=120)
+        (request,) = tick(defs, instance, "krea_collect").run_requests or ()
+        assert request.tags["krea/trial"] == "limit=2"
+
+        server_clock.move(3601.0)
+        second = job.execute_in_process(instance=instance, tags=dict(request.tags))
+        assert second.success
+        assert slow.stats()["creates"] == 2
+        (check,) = second.get_asset_check_evaluations()[:1]
+        assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
+        assert check.description == (
+            "A trial: 2 of 6 rows, and each has its image. 4 images of the other rows are not "
+            "bought; a run without limit and sample buys them."
+        )
+        assert check.metadata["trial"].value == "2 of 6 rows"
+
+
 def _make_older(journal: Path, *, seconds: float) -> None:
     with sqlite3.connect(journal) as connection:
         connection.execute(
