@@ -264,7 +264,8 @@ def many(options: Namespace) -> dict[str, Any]:
 
 def plan(options: Namespace) -> dict[str, Any]:
     """Choose and plan many rows; none has a file."""
-    from krea_dagster.curation.export.card import facts_of, write_card
+    from krea_dagster.curation.export.card import write_card
+    from krea_dagster.curation.export.dataset_facts import facts_of
     from krea_dagster.curation.export.plan import make_plan
     from krea_dagster.curation.export.selected_rows import select_rows
     from krea_dagster.curation.export.spec import ExportSpec

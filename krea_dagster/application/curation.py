@@ -7,11 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import pyarrow as pa
+
 from krea_dagster.application.backend import Backend
 from krea_dagster.curation.accepted.accepted_table import AcceptedPartition, AcceptedTableBuilder
 from krea_dagster.curation.accepted.quota import GroupResult, WantedImages
 from krea_dagster.curation.accepted.rules import Rules
 from krea_dagster.curation.export.spec import ExportSpec
+from krea_dagster.curation.export.table_batches import verdict_columns
 from krea_dagster.curation.measures.custom import Measure
 from krea_dagster.curation.measures.measure_partitions import MeasuredPartition, measure_partitions
 from krea_dagster.curation.similarity.near_duplicates import (
@@ -144,6 +147,12 @@ def refused_images(backend: Backend) -> frozenset[str]:
             return frozenset()
         current = log.current().items()
         return frozenset(sha256 for sha256, one in current if one.verdict in (REJECT, FLAG))
+
+
+def verdicts_to_export(backend: Backend) -> pa.Table:
+    """Return the current verdicts as columns of an export."""
+    with open_verdicts(backend) as log:
+        return verdict_columns([] if log is None else log.current().values())
 
 
 def current_verdicts(backend: Backend) -> dict[str, str] | None:

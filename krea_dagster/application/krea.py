@@ -426,7 +426,12 @@ class Krea(Backend):
                 they were accepted.
             ImagesNotAsStored: if images are missing or changed; nothing is published.
         """
-        from krea_dagster.application.curation import curate, images_origin, refused_images
+        from krea_dagster.application.curation import (
+            curate,
+            images_origin,
+            refused_images,
+            verdicts_to_export,
+        )
         from krea_dagster.application.earlier import earlier_to_export
         from krea_dagster.curation.accepted.accepted_table import has_accepted
         from krea_dagster.curation.export.export import export
@@ -443,6 +448,7 @@ class Krea(Backend):
             origin=images_origin(self),
             refused=frozenset() if spec.everything else refused_images(self),
             earlier=earlier_to_export(self, spec) if spec.earlier else None,
+            verdicts=verdicts_to_export(self) if spec.verdicts else None,
             fresh=fresh,
             keep=keep,
             threads=threads,

@@ -84,6 +84,11 @@ published, 2 invalid usage or nothing to export.
     ),
 )
 @click.option(
+    "--verdicts",
+    is_flag=True,
+    help="Export the verdicts as columns: with reason, tags, note, reviewer and time.",
+)
+@click.option(
     "--split",
     "splits",
     multiple=True,
@@ -181,6 +186,7 @@ def export_command(
     partitions: Sequence[str],
     where: Sequence[str],
     columns: Sequence[str],
+    verdicts: bool,
     splits: Sequence[str],
     leaks: bool,
     shard_images: int,
@@ -220,6 +226,7 @@ def export_command(
         everything=everything,
         partitions=tuple(partitions) or None,
         columns=columns,
+        verdicts=verdicts,
         kept=kept,
         earlier=earlier,
         prompt_ids=None if ids_file is None else _prompt_ids(ids_file),
@@ -279,6 +286,19 @@ def _print_summary(done: Exported) -> None:
     click.echo(f"{'size':<10} {done.bytes / 1e6:.1f} MB")
     click.echo(f"{'credits':<10} {facts.credits:g} for these images")
     click.echo(f"{'version':<10} {done.path}")
+    if facts.left_out:
+        named = ", ".join(facts.left_out[:5]) + (" …" if len(facts.left_out) > 5 else "")
+        click.echo(
+            f"{len(facts.left_out)} partitions have no accepted images yet, and are not in it: "
+            f"{named}. krea-dagster curate makes them.",
+            err=True,
+        )
+    if facts.never_judged:
+        click.echo(
+            f"{facts.never_judged} of {facts.images} images were never judged. --kept exports only "
+            "those that a person kept.",
+            err=True,
+        )
     if len(facts.splits) > 1 and not facts.near_duplicates_known and not done.spec.leaks:
         click.echo(
             "Near-duplicates across splits are unknown: materialize near_duplicates first.",

@@ -165,6 +165,10 @@ class ExportSettings(YamlSection):
         default=False,
         description="Also images of rows that were changed or removed, and of earlier attempts.",
     )
+    verdicts: bool = Field(
+        default=False,
+        description="Export the verdicts as columns: with reason, tags, note, reviewer and time.",
+    )
     shard_images: int = Field(default=10_000, ge=1, description="Maximum images per shard.")
     shard_bytes: int = Field(default=500_000_000, ge=1, description="Maximum bytes per shard.")
     leaks: bool = Field(default=False, description="Keep similar images in several splits.")

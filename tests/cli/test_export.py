@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from krea_dagster.cli.export import export_command
 from krea_dagster.curation.export.image_content import ImagesNotAsStored
 from krea_dagster.engine.journal.journal import Journal
-from krea_dagster.engine.journal.verdict_log import REJECT, Verdict
+from krea_dagster.engine.journal.verdict_log import KEEP, REJECT, Verdict
 from krea_dagster.errors import ConfigError, InputError
 from tests.curation.export.export_project import ExportProject
 
@@ -56,6 +56,25 @@ def test_an_image_that_was_rejected_since_is_named_and_nothing_is_published(
     assert "1 of these images were rejected or flagged" in str(ran.exception)
     assert row["prompt_id"] in str(ran.exception)
     assert not (Path(project.root) / "exports").exists()
+
+
+def test_verdicts_are_columns_and_it_says_what_was_never_judged(
+    project: ExportProject, tmp_path: Path
+) -> None:
+    row = project.rows(1)[0]
+    project.write_listed(project.rows(2, 20), "b")
+    names = ("request_key", "prompt_id", "sample", "attempt", "partition_key")
+    about = {name: row[name] for name in names}
+    with closing(Journal(f"sqlite:///{project.root}/journal.db")) as journal:
+        kept = Verdict("1", row["image_sha256"], KEEP, "ann", reason="calm", **about)
+        journal.verdicts.add([kept])
+    ran = run(project, "--verdicts", "--format", "jsonl", "--to", str(tmp_path / "out"))
+    assert "19 of 20 images were never judged" in ran.stderr
+    assert "1 partitions have no accepted images yet, and are not in it: b" in ran.stderr
+    lines = (tmp_path / "out" / "latest" / "train.jsonl").read_text().splitlines()
+    reasons = {one["prompt_id"]: one["verdict_reason"] for one in map(json.loads, lines)}
+    assert reasons[row["prompt_id"]] == "calm"
+    assert set(reasons.values()) == {"calm", None}
 
 
 def test_only_json_is_on_stdout(project: ExportProject, tmp_path: Path) -> None:

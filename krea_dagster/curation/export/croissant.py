@@ -14,7 +14,8 @@ from urllib.parse import quote
 
 import pyarrow as pa
 
-from krea_dagster.curation.export.card import DatasetFacts, title_of
+from krea_dagster.curation.export.card import title_of
+from krea_dagster.curation.export.dataset_facts import DatasetFacts
 from krea_dagster.curation.export.features import IMAGE
 from krea_dagster.curation.export.folder import TABLES
 from krea_dagster.curation.export.plan import ExportPlan

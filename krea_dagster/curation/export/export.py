@@ -16,10 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from krea_dagster import redact
-from krea_dagster.curation.export.card import DatasetFacts, facts_of, write_card
+from krea_dagster.curation.export.card import write_card
+from krea_dagster.curation.export.dataset_facts import DatasetFacts, facts_of
 from krea_dagster.curation.export.known_files import KnownFiles
 from krea_dagster.curation.export.plan import make_plan, shard_layout
-from krea_dagster.curation.export.selected_rows import SelectedRows, select_rows
+from krea_dagster.curation.export.selected_rows import (
+    SelectedRows,
+    left_out_partitions,
+    select_rows,
+)
 from krea_dagster.curation.export.shards import ExportProgress, PreviousVersion, ShardBuilder
 from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.curation.export.target import ExportTarget
@@ -68,6 +73,8 @@ class Exported:
                 name: {"images": count, "left_out_as_alike": facts.leaked.get(name, 0)}
                 for name, count in facts.splits.items()
             },
+            "partitions_left_out": list(facts.left_out),
+            "never_judged": facts.never_judged,
             "likeness_known": facts.near_duplicates_known,
             "left_out_by_filter": self.left_by_filter,
             "repeated": self.repeated,
@@ -90,6 +97,7 @@ def export(
     origin: str = "",
     refused: Collection[str] = (),
     earlier: pa.Table | None = None,
+    verdicts: pa.Table | None = None,
     fresh: bool = False,
     keep: int | None = None,
     threads: int | None = None,
@@ -99,13 +107,18 @@ def export(
 
     ``folders`` as for the manifests. ``origin`` is where the images come from, for the card: a
     host, or "an emulator". None of the images may be among ``refused``, by sha256. ``earlier``
-    images are exported too. ``fresh`` distributes the images to shards again, instead of keeping
-    them where the previous version has them. ``keep`` is the number of complete versions to keep,
-    None for all. Raises ConfigError where no image is selected, or one was refused,
-    ImagesNotAsStored where files are missing or changed, and StorageError where the target cannot
-    be written; then nothing was published.
+    images are exported too. ``verdicts`` are exported as columns. ``fresh`` distributes the images
+    to shards again, instead of keeping them where the previous version has them. ``keep`` is the
+    number of complete versions to keep, None for all.
+
+    Raises ConfigError where no image is selected, or one was refused, ImagesNotAsStored where files
+    are missing or changed, and StorageError where the target cannot be written; then nothing was
+    published.
     """
-    with _storage_errors(to), select_rows(storage, spec, folders, origin, earlier) as rows:
+    selected = select_rows(
+        storage, spec, folders, origin=origin, earlier=earlier, verdicts=verdicts
+    )
+    with _storage_errors(to), selected as rows:
         target = ExportTarget(to, storage.options_for(to))
         latest = None if fresh else target.latest()
         previous = target.described(latest) if latest else None
@@ -114,7 +127,8 @@ def export(
         similar = read_near_duplicates(storage, folders, ["image_sha256", "cluster"])
         _check_verdicts(rows, refused)
         plan = make_plan(rows, spec, similar, index if same_layout else None)
-        facts = facts_of(rows, plan, spec, origin)
+        left_out = left_out_partitions(storage, spec, folders)
+        facts = facts_of(rows, plan, spec, origin, left_out)
         version = plan.version(write_card(facts, spec, plan, version=""))
         card = write_card(facts, spec, plan, version=version)
         builder = ShardBuilder(

@@ -26,7 +26,7 @@ from krea_dagster.curation.export.image_content import ADDED_NAMES
 from krea_dagster.curation.export.image_edits import ImageEdits
 from krea_dagster.curation.export.json_rows import records, to_json
 from krea_dagster.curation.export.spec import ExportSpec
-from krea_dagster.curation.export.table_batches import EarlierTable, PartitionTable
+from krea_dagster.curation.export.table_batches import EarlierTable, JudgedTable, PartitionTable
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import no_column, table_name, table_names
@@ -144,21 +144,22 @@ def select_rows(
     storage: Storage,
     spec: ExportSpec,
     folders: Sequence[str] = (),
+    *,
     origin: str = "",
     earlier: pa.Table | None = None,
+    verdicts: pa.Table | None = None,
 ) -> Iterator[SelectedRows]:
     """Yield the selected rows of an export, whose temporary file exists until the end.
 
     ``origin`` is where the images come from. ``earlier`` images are exported with those of the
-    tables.
+    tables. ``verdicts`` are columns (see ``JudgedTable``).
 
     Raises ConfigError where there are none, for a partition without a file, and for columns that
     are in no file or have a reserved name.
     """
     names = _names(storage, spec, folders)
     types = ExportedTypes.of(spec.form)
-    tables: list[PartitionTable | EarlierTable] = [PartitionTable(storage, one) for one in names]
-    tables += [] if earlier is None else [EarlierTable(earlier)]
+    tables = _tables(storage, names, earlier, verdicts)
     try:
         schema = pa.unify_schemas(
             [table.schema(types) for table in tables], promote_options="permissive"
@@ -195,6 +196,30 @@ def select_rows(
         if not len(rows):
             raise ConfigError(_no_rows(storage, spec, left))
         yield rows
+
+
+def _tables(
+    storage: Storage, names: Sequence[str], earlier: pa.Table | None, verdicts: pa.Table | None
+) -> Sequence[PartitionTable | EarlierTable | JudgedTable]:
+    found: list[PartitionTable | EarlierTable] = [PartitionTable(storage, one) for one in names]
+    found += [] if earlier is None else [EarlierTable(earlier)]
+    return found if verdicts is None else [JudgedTable(one, verdicts) for one in found]
+
+
+def left_out_partitions(
+    storage: Storage, spec: ExportSpec, folders: Sequence[str] = ()
+) -> list[str]:
+    """Return the partitions with a manifest that have no accepted images, so that none is exported.
+
+    None are left out where partitions were chosen.
+    """
+    if spec.everything or spec.partitions is not None:
+        return []
+    files = [
+        {name.rpartition("/")[2].removesuffix(".parquet") for name in table_names(*args)}
+        for args in ((storage, "manifest", folders), (storage, "accepted", folders))
+    ]
+    return sorted(files[0] - files[1])
 
 
 def _exported_names(spec: ExportSpec, columns: Sequence[str], edits: ImageEdits) -> list[str]:

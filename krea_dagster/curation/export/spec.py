@@ -40,6 +40,7 @@ class ExportSpec:
         kept: Only images that a person has kept.
         earlier: Also images of rows that were changed or removed, and of earlier attempts.
         prompt_ids: Only the rows with these; None for all.
+        verdicts: Export the present verdicts with reason, tags, note, reviewer and time.
         columns: The exported columns, in order; None for all but those that are only meaningful in
             the storage root, such as ``image_path``. The measures of images are columns, too.
         names: Other names of exported columns, by the column's own.
@@ -72,6 +73,7 @@ class ExportSpec:
     kept: bool = False
     earlier: bool = False
     prompt_ids: frozenset[str] | None = None
+    verdicts: bool = False
     columns: tuple[str, ...] | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     shard_images: int = 10_000

@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from krea_dagster.curation.export.card import DatasetFacts
 from krea_dagster.curation.export.croissant import CROISSANT, write_croissant
+from krea_dagster.curation.export.dataset_facts import DatasetFacts
 from krea_dagster.curation.export.folder import TABLES, check_table, write_table
 from krea_dagster.curation.export.image_content import ending_of, written_columns, written_schema
 from krea_dagster.curation.export.plan import ExportPlan, content_of, shard_layout

@@ -107,6 +107,8 @@ def export_metadata(done: Exported, source_key: dg.AssetKey) -> Metadata:
         "shards_unchanged": done.linked + done.found,
         "left_out_as_alike": sum(facts.leaked.values()),
         "near_duplicates_known": facts.near_duplicates_known,
+        "never_judged": facts.never_judged,
+        "partitions_left_out": list(facts.left_out),
         "splits": small_table(
             [
                 {"split": name, "images": count, "left_out_as_alike": facts.leaked.get(name, 0)}

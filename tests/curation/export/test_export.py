@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -26,8 +27,10 @@ from krea_dagster.curation.accepted.accepted_table import accepted_name
 from krea_dagster.curation.export.export import Exported, export
 from krea_dagster.curation.export.image_content import ImagesNotAsStored
 from krea_dagster.curation.export.spec import ExportSpec, Form
+from krea_dagster.curation.export.table_batches import verdict_columns
 from krea_dagster.curation.export.target import ExportTarget
 from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.engine.verdict import Verdict
 from krea_dagster.errors import ConfigError, StorageError
 from tests.curation.export.export_project import ExportProject, drawn
 
@@ -700,6 +703,51 @@ def test_captions_are_the_prompts_in_text_files_next_to_the_images(
         assert captions == {row["prompt_id"]: row["prompt"] for row in project.rows(count)}
     with pytest.raises(ConfigError, match="captions need image files"):
         ExportSpec(form="parquet", captions=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_present_verdicts_are_columns_on_request(
+    project: ExportProject, to: str, form: Form
+) -> None:
+    rows = project.rows(3)  # whose tables say that ada kept all of them
+    project.write_accepted(rows)
+    given = Verdict(
+        "1",
+        rows[1]["image_sha256"],
+        "keep",
+        "bea",
+        **{name: rows[1][name] for name in ("request_key", "prompt_id", "sample", "attempt")},
+        partition_key="a",
+        reason="soft light",
+        tags=("boat", "sea"),
+        note="for the cover",
+        at=datetime(2026, 11, 5, tzinfo=timezone.utc),
+    )
+    spec = ExportSpec(form=form, verdicts=True)
+    exported = export(project.storage, spec, to, verdicts=verdict_columns([given]))
+    found = {name: columns for name, (_, columns) in images_in(exported).items()}
+    judged = found["row-0001"]
+    assert (judged["verdict"], judged["reviewer"]) == ("keep", "bea")
+    assert judged["verdict_reason"] == "soft light"
+    assert judged["verdict_tags"] in (["boat", "sea"], '["boat", "sea"]')
+    assert judged["verdict_note"] == "for the cover"
+    assert str(judged["reviewed_at"]).startswith("2026-11-05")
+    for name in ("row-0000", "row-0002"):
+        assert not found[name]["verdict"]
+        assert not found[name]["verdict_tags"]
+    assert exported.facts.never_judged == 2
+
+
+def test_partitions_without_accepted_images_are_named(project: ExportProject, to: str) -> None:
+    project.write_accepted(project.rows(2), "a")
+    for key, begin in (("a", 0), ("b", 2), ("c", 4)):
+        project.write_listed(project.rows(2, begin), key)
+    exported = done(project, to)
+    assert exported.summary()["partitions_left_out"] == ["b", "c"]
+    card = (Path(exported.path) / "README.md").read_text()
+    assert "Partitions without accepted images are not included: b, c." in card
+    for fields in ({"everything": True}, {"partitions": ("a",)}):
+        assert done(project, to, **fields).summary()["partitions_left_out"] == []
 
 
 # -- what the datasets library is told ----------------------------------------------------------
