@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Final
 
+from krea_dagster import file_locks
 from krea_dagster.application.callback_column import receiver_urls
 from krea_dagster.application.settings import EMULATOR_KEY, ConnectionSettings
 from krea_dagster.callbacks import CallbackUrls
@@ -57,6 +58,7 @@ class Backend:
         Binds the journal to the origin that these settings buy from, and compares the storage
         root with what the journal knows of it.
         """
+        file_locks.require()
         if not self.settings.emulator and not self.settings.api_key:
             raise ConfigError(
                 "the API key is empty; set EVOLINK_API_KEY (in a resource, give "

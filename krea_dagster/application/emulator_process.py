@@ -6,7 +6,6 @@ lock is free: the kernel releases it when a process dies, also when it is killed
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
@@ -19,6 +18,7 @@ from typing import Final
 
 import httpx
 
+from krea_dagster import file_locks
 from krea_dagster.application.settings import EMULATOR_KEY
 from krea_dagster.errors import ConfigError
 
@@ -37,9 +37,9 @@ def local_emulator(folder: Path) -> Iterator[str]:
     folder.mkdir(parents=True, exist_ok=True)
     in_use = folder / "in_use.lock"
     with in_use.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+        file_locks.lock(lock, shared=True)
         with (folder / "start.lock").open("a") as starting:
-            fcntl.flock(starting, fcntl.LOCK_EX)
+            file_locks.lock(starting)
             url = _running(folder) or _start(folder, in_use)
         yield url
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -14,6 +13,7 @@ import anyio
 import anyio.to_thread
 import httpx
 
+from krea_dagster import file_locks
 from krea_dagster.drill.job import API_KEY, OTHER_API_KEY
 from krea_dagster.errors import KreaError
 
@@ -69,7 +69,7 @@ async def run_emulator(
     """
     in_use = folder / "in_use.lock"
     with in_use.open("a") as lock, (folder / "emulator.log").open("ab") as log:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+        file_locks.lock(lock, shared=True)
         process = await anyio.open_process(
             [
                 sys.executable,

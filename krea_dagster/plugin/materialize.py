@@ -1,6 +1,5 @@
 """Materializes partitions in this process, by runs of the job in a Dagster instance."""
 
-import fcntl
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from krea_dagster import file_locks
 from krea_dagster.application.batch import Batch, PlanState
 from krea_dagster.application.buy_options import BuyOptions
 from krea_dagster.application.finished import is_finished
@@ -315,7 +315,7 @@ def _instance_in(home: Path) -> Iterator[dg.DagsterInstance]:
     """
     home.mkdir(parents=True, exist_ok=True)
     with (home / _OPENING).open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        file_locks.lock(lock)
         settings = home / "dagster.yaml"
         if not os.environ.get("DAGSTER_HOME") and not settings.exists():
             settings.write_text(_INSTANCE_SETTINGS)

@@ -12,7 +12,6 @@ connection that breaks for seconds loses only the lock, a suspended process only
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import threading
@@ -28,6 +27,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, Row, literal_column, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from krea_dagster import file_locks
 from krea_dagster.engine.journal.schema import POSTGRES_NOW_US, UtcTime, owners
 
 #: Seconds without a heartbeat after which an owner without a lock counts as dead.
@@ -72,7 +72,7 @@ class FileLocks:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
                 try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    file_locks.lock(descriptor, wait=False)
                 except OSError:
                     os.close(descriptor)
                     path.unlink(missing_ok=True)
@@ -120,7 +120,7 @@ class FileLocks:
             except OSError:
                 return self._is_heard(row.owner, row.heartbeat_at)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file_locks.lock(descriptor, wait=False)
             except OSError:
                 return True
             finally:
@@ -152,11 +152,12 @@ def _close_inherited() -> None:
     _held.clear()
 
 
-os.register_at_fork(
-    before=_guard.acquire,
-    after_in_parent=_guard.release,
-    after_in_child=lambda: (_close_inherited(), _guard.release()),  # type: ignore[func-returns-value]
-)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_guard.acquire,
+        after_in_parent=_guard.release,
+        after_in_child=lambda: (_close_inherited(), _guard.release()),  # type: ignore[func-returns-value]
+    )
 
 
 def _is_file(path: Path, descriptor: int) -> bool:

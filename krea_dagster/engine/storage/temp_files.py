@@ -38,16 +38,21 @@ def own_folder() -> Path:
     It is in the system's folder for such files, which TMPDIR names. Raises ConfigError if another
     user owns it.
     """
-    folder = Path(tempfile.gettempdir()) / f"krea-dagster-{os.getuid()}"
+    folder = Path(tempfile.gettempdir()) / f"krea-dagster-{_user_id()}"
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     about = folder.lstat()
-    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != _user_id():
         raise ConfigError(
             f"{folder} does not belong to this user, or is not a folder; remove it, or name "
             "another folder for temporary files (TMPDIR)"
         )
     return folder
+
+
+def _user_id() -> int:
+    """Return this user's number; on Windows, where each user has such a folder, it is always 0."""
+    return os.getuid() if hasattr(os, "getuid") else 0
 
 
 def new_name() -> str:
