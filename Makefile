@@ -8,7 +8,8 @@ export UV_PYTHON_DOWNLOADS := never
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup demo test lint bench dev simulate simulate-bugs services-test daemon-test \
-	browser-test docs docs-images project-test export-test cluster-setup cluster-test lock clean
+	browser-test docs docs-images project-test export-test cluster-setup cluster-test matrix-test \
+	test-all lock release clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -71,8 +72,9 @@ docs-images: setup  ## Make the screenshots in docs/images (needs Chromium)
 project-test: setup  ## Install the wheel into a fresh dg project, as its page says
 	@$(BIN)/python tests/project/run.py
 
-export-test: setup  ## Read every export back by its own library, in an environment of its own
+export-test: setup  ## Read exports and manifests by other libraries, in environments of their own
 	@$(BIN)/python tests/export_env/run.py
+	@$(BIN)/python tests/export_env/onward.py
 
 # Azurite, the emulator of Azure, is a program for Node.js, which is among the packages.
 cluster-setup: setup
@@ -83,6 +85,9 @@ cluster-setup: setup
 
 cluster-test: cluster-setup  ## Share work between hosts, on real stores, PostgreSQL and Celery (root)
 	@$(BIN)/pytest $(or $(ONLY),tests/cluster) -m cluster -n 2 --dist loadfile
+
+matrix-test: setup  ## Test the wheel on each Python that is here, with the newest and the oldest packages
+	@$(BIN)/python tests/matrix/run.py $(VERSIONS)
 
 LOCK = .uv/bin/uv pip compile --quiet pyproject.toml --group dev --universal --python-version 3.10 \
 	--generate-hashes --no-header
