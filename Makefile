@@ -89,6 +89,11 @@ cluster-test: cluster-setup  ## Share work between hosts, on real stores, Postgr
 matrix-test: setup  ## Test the wheel on each Python that is here, with the newest and the oldest packages
 	@$(BIN)/python tests/matrix/run.py $(VERSIONS)
 
+test-all: test services-test daemon-test project-test export-test matrix-test browser-test cluster-test  ## Run every test (an hour on two cores)
+
+release: setup  ## Write a version, build the wheel and the sdist, and install each (VERSION=0.2.0)
+	@$(BIN)/python -m tools.release $(VERSION)
+
 LOCK = .uv/bin/uv pip compile --quiet pyproject.toml --group dev --universal --python-version 3.10 \
 	--generate-hashes --no-header
 

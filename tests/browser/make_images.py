@@ -1,10 +1,14 @@
-"""Makes the screenshots in docs/images: ``python -m tests.browser.make_images FOLDER``."""
+"""Makes the screenshots in docs/images: ``python -m tests.browser.make_images FOLDER``.
+
+``… FOLDER tests/browser/test_whole_project_ui.py`` makes only those of this test.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,16 +36,22 @@ _UI_TESTS = (
 )
 #: Verdicts of the review that is shown, as keys.
 _VERDICTS = "kkfkrkkkrkkfkkkkrkkk"
+#: The folder of the projects that are shown with their paths; pytest empties it first.
+_PROJECTS = Path(tempfile.gettempdir(), "my-projects")
 
 
 def main() -> int:
     """Make all screenshots, and return pytest's exit code for those of Dagster's UI."""
     folder = Path(sys.argv[1]).absolute()
-    with TemporaryDirectory() as name, chromium() as browser:
-        _show_gallery(browser, Path(name), folder)
-        _show_spend_report(browser, Path(name), folder)
-        _show_review(browser, Path(name), folder)
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "browser", *_UI_TESTS]
+    if len(sys.argv) == 2:
+        with TemporaryDirectory() as name, chromium() as browser:
+            _show_gallery(browser, Path(name), folder)
+            _show_spend_report(browser, Path(name), folder)
+            _show_review(browser, Path(name), folder)
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "-m", "browser", f"--basetemp={_PROJECTS}"),
+        *(_UI_TESTS if len(sys.argv) == 2 else sys.argv[2:]),
+    ]
     environment = {**os.environ, "KREA_DOCS_IMAGES": str(folder)}
     return subprocess.run(command, env=environment, check=False).returncode
 

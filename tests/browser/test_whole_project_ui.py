@@ -33,7 +33,7 @@ with dg.DagsterInstance.get() as instance:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a project whose prompts are all delivered, and whose assets all made."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("postcards", numbered=False)
     sample = pq.read_table(ROOT / "data" / "prompts.parquet")
     asks_for_a_fault = pc.match_substring(sample["prompt"], "[emulator:")
     pq.write_table(sample.filter(pc.invert(asks_for_a_fault)), folder / "prompts.parquet")

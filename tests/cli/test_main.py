@@ -107,3 +107,55 @@ def test_a_table_partitioned_by_nanoseconds_is_quoted_without_pandas(
     options = ["--prompts", str(tmp_path / "prompts.parquet"), "--partition-by", "day:at"]
     quoted = figures(project, "quote", *options)
     assert [line["partition"] for line in quoted["partitions"]] == ["2026-01-01", "2026-01-02"]
+
+
+# -- completion by the tab key ------------------------------------------------------------------
+
+
+def completed(*words: str) -> tuple[set[str], set[str]]:
+    """What bash is offered for the last of these words, and the imported packages."""
+    variables = {
+        "_KREA_DAGSTER_COMPLETE": "bash_complete",
+        "COMP_WORDS": " ".join(("krea-dagster", *words)),
+        "COMP_CWORD": str(len(words)),
+    }
+    code = (
+        "import sys\n"
+        "sys.argv = ['krea-dagster']\n"
+        "from krea_dagster.cli import run\n"
+        "try:\n"
+        "    run()\n"
+        "finally:\n"
+        "    print(*(name for name in sys.modules if '.' not in name), file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env={**os.environ, **variables}, capture_output=True, text=True, check=True
+    )
+    return {line.split(",")[1] for line in done.stdout.splitlines()}, set(done.stderr.split())
+
+
+def test_the_tab_key_completes_commands_without_importing_them() -> None:
+    offered, imported = completed("s")
+    assert offered == {"salvage", "spend"}
+    assert not imported & (NOT_NEEDED | {"pyarrow", "duckdb"})
+
+
+def test_the_tab_key_completes_options() -> None:
+    assert completed("spend", "--m")[0] == {"--month"}
+
+
+def test_the_line_in_the_help_turns_completion_on_in_bash() -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    script = (
+        """line=$(krea-dagster --help | grep -o 'eval .*') && eval "$line" """
+        "&& complete -p krea-dagster"
+    )
+    done = subprocess.run(
+        ["/bin/bash", "--norc", "-c", script],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.startswith("complete -o nosort -F _krea_dagster_completion"), done.stderr

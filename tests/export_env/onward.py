@@ -1,7 +1,7 @@
 """Runs the code of docs/onward.md: the manifest read by other tools, and written onward.
 
 Two programs in one: it makes an environment with the packages that the page names, and runs itself
-in it (``--inside``), in a folder that has only a prompt table. ``ONWARD_PYTHON`` names a Python that
+in it (``--inside``), in a folder with a prompt table. ``ONWARD_PYTHON`` names a Python that
 has the packages already.
 """
 
