@@ -152,7 +152,7 @@ def tables_of(ledger: pa.Table) -> SpendTables:
             ledger = ledger.append_column(field, pa.repeat(one, ledger.num_rows))
     with closing(open_views({"month": ledger})) as database:
         daily = daily_table(database, ["campaign"])
-        failures = database.execute(_FAILURES).to_arrow_table()
+        failures = database.sql(_FAILURES).to_arrow_table()
     return SpendTables(ledger, daily, failures)
 
 
