@@ -1,4 +1,4 @@
-"""Runs the code of docs/onward.md: the manifest read by other tools, and written onward.
+"""Runs the code of docs/how-to/onward.md: the manifest read by other tools, and written onward.
 
 Two programs in one: it makes an environment with the packages that the page names, and runs itself
 in it (``--inside``), in a folder with a prompt table. ``ONWARD_PYTHON`` names a Python that
@@ -24,7 +24,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 UV = ROOT / ".uv" / "bin" / "uv"
-PAGE = ROOT / "docs" / "onward.md"
+PAGE = ROOT / "docs" / "how-to" / "onward.md"
 PACKAGES = ("dagster-deltalake", "dagster-iceberg", "pyiceberg[sql-sqlite]", "pylance", "datasets")
 IMAGES = 6
 
