@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -425,6 +425,7 @@ class Krea(Backend):
             ConfigError: if there is nothing to export, or images were rejected or flagged since
                 they were accepted.
             ImagesNotAsStored: if images are missing or changed; nothing is published.
+            StorageError: if the target or the Hub's repository cannot be written.
         """
         from krea_dagster.application.curation import (
             curate,
@@ -435,15 +436,18 @@ class Krea(Backend):
         from krea_dagster.application.earlier import earlier_to_export
         from krea_dagster.curation.accepted.accepted_table import has_accepted
         from krea_dagster.curation.export.export import export
+        from krea_dagster.curation.export.hub import HubRepository
         from krea_dagster.curation.export.spec import ExportSpec
 
         spec, storage = spec or ExportSpec(), self.open_storage()
+        to = to or storage.locate(f"exports/{spec.form}")
+        repository = None if spec.push is None else HubRepository.of(spec, to)
         if not spec.everything and not has_accepted(storage, folders):
             curate(self, folders=folders)
-        return export(
+        done = export(
             storage,
             spec,
-            to or storage.locate(f"exports/{spec.form}"),
+            to,
             folders=folders,
             origin=images_origin(self),
             refused=frozenset() if spec.everything else refused_images(self),
@@ -454,6 +458,9 @@ class Krea(Backend):
             threads=threads,
             on_progress=on_progress,
         )
+        if repository is None:
+            return done
+        return replace(done, pushed=repository.push(done.path, done.version, done.facts.splits))
 
     def gallery(
         self,

@@ -161,6 +161,15 @@ published, 2 invalid usage or nothing to export.
     "--captions", is_flag=True, help="Write KEY.txt, with the prompt, next to each image file."
 )
 @click.option(
+    "--push",
+    metavar="OWNER/NAME",
+    help=(
+        "Push the version to this dataset repository of the Hugging Face Hub, with the token in "
+        "HF_TOKEN. Needs the extra hub."
+    ),
+)
+@click.option("--public", is_flag=True, help="Create that repository as a public one.")
+@click.option(
     "--license", "license_name", metavar="ID", help="Licence for the card, such as cc-by-4.0."
 )
 @click.option("--title", help="Title for the card.")
@@ -203,6 +212,8 @@ def export_command(
     kept: bool,
     earlier: bool,
     ids_file: str | None,
+    push: str | None,
+    public: bool,
     license_name: str | None,
     title: str | None,
     source: str | None,
@@ -242,6 +253,8 @@ def export_command(
         private_key=private_key,
         embed_parameters=embed_parameters,
         sidecars=sidecars,
+        push=push,
+        public=public,
         license=license_name,
         title=title,
         source=source or os.environ.get("KREA_PROMPTS"),
@@ -286,6 +299,9 @@ def _print_summary(done: Exported) -> None:
     click.echo(f"{'size':<10} {done.bytes / 1e6:.1f} MB")
     click.echo(f"{'credits':<10} {facts.credits:g} for these images")
     click.echo(f"{'version':<10} {done.path}")
+    if done.pushed is not None:
+        what = "pushed" if done.pushed.is_new else "nothing new"
+        click.echo(f"{'hub':<10} {done.pushed.url}: {what}, commit {done.pushed.commit[:12]}")
     if facts.left_out:
         named = ", ".join(facts.left_out[:5]) + (" …" if len(facts.left_out) > 5 else "")
         click.echo(

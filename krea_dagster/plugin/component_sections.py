@@ -205,6 +205,14 @@ class ExportSettings(YamlSection):
     captions: bool = Field(
         default=False, description="Write KEY.txt, with the prompt, next to each image file."
     )
+    push: str | None = Field(
+        default=None,
+        description=(
+            "Dataset repository of the Hugging Face Hub to push each version to, OWNER/NAME, with "
+            "the token in HF_TOKEN. Needs the extra hub."
+        ),
+    )
+    public: bool = Field(default=False, description="Create that repository as a public one.")
     license: str | None = Field(
         default=None, description="Licence identifier for the card, such as cc-by-4.0."
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from krea_dagster import redact
 from krea_dagster.curation.export.card import write_card
 from krea_dagster.curation.export.dataset_facts import DatasetFacts, facts_of
+from krea_dagster.curation.export.hub import Pushed
 from krea_dagster.curation.export.known_files import KnownFiles
 from krea_dagster.curation.export.plan import make_plan, shard_layout
 from krea_dagster.curation.export.selected_rows import (
@@ -54,6 +55,7 @@ class Exported:
     linked: int
     bytes: int
     removed: Sequence[str] = ()
+    pushed: Pushed | None = None
 
     @property
     def shards(self) -> int:
@@ -85,6 +87,7 @@ class Exported:
             "bytes": self.bytes,
             "credits_charged": facts.credits,
             "versions_removed": list(self.removed),
+            "pushed": self.pushed and asdict(self.pushed),
         }
 
 

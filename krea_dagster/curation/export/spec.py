@@ -57,6 +57,9 @@ class ExportSpec:
         embed_parameters: Write prompt, seed and other parameters into PNG files.
         sidecars: Write a JSON file next to each image file.
         captions: Write the prompt as a text file next to each image file.
+        push: A dataset repository of the Hugging Face Hub to push each version to, as OWNER/NAME;
+            needs the extra ``hub``.
+        public: Create that repository as a public one.
         license: The licence identifier for the dataset card.
         title: The title of the dataset card.
         source: The origin of the prompts, for the dataset card.
@@ -88,6 +91,8 @@ class ExportSpec:
     embed_parameters: bool = False
     sidecars: bool = False
     captions: bool = False
+    push: str | None = None
+    public: bool = False
     license: str | None = None
     title: str | None = None
     source: str | None = None

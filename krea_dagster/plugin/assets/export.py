@@ -100,6 +100,7 @@ def export_metadata(done: Exported, source_key: dg.AssetKey) -> Metadata:
         "version": done.version,
         "path": location_value(done.path),
         "index": location_value(f"{redact.location(done.path)}/index.parquet"),
+        **({} if done.pushed is None else {"pushed": dg.MetadataValue.url(done.pushed.url)}),
         "bytes": done.bytes,
         "credits": facts.credits,
         "shards": done.shards,
