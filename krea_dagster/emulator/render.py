@@ -7,7 +7,6 @@ with the prompt written on it, so that a person sees which row a file belongs to
 from __future__ import annotations
 
 import colorsys
-import functools
 import hashlib
 import io
 import math
@@ -17,9 +16,13 @@ import unicodedata
 import zlib
 from typing import Final
 
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
+
+from krea_dagster.emulator.letters import Pen, default_font, pen_for, prepared
 
 _MAX_TEXT: Final = 600
+#: Between letters of some scripts, and in emoji: nothing is drawn of them.
+_JOINERS: Final = "\u200c\u200d\ufe0e\ufe0f"
 _SMALL: Final = 4  # shapes are drawn at a quarter of the size and enlarged, which softens them
 
 
@@ -74,8 +77,9 @@ def readable(prompt: str) -> str:
     """Return a prompt as one line that can be drawn: without control characters, shortened."""
     kept = []
     for character in prompt[: _MAX_TEXT * 4]:
-        category = unicodedata.category(character)
-        kept.append(" " if category[0] in "CZ" else character)
+        if character not in _JOINERS:
+            category = unicodedata.category(character)
+            kept.append(" " if category[0] in "CZ" else character)
     text = " ".join("".join(kept).split())
     return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"
 
@@ -139,24 +143,16 @@ def _hill(source: random.Random, base: float, w: int, h: int) -> list[tuple[floa
 # -- the text ---------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=32)
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise RuntimeError("Pillow was built without FreeType")  # noqa: TRY004 - not an argument
-    # The basic layout needs no further library, and is the same on every machine.
-    return font.font_variant(layout_engine=ImageFont.Layout.BASIC)
-
-
 def _write_prompt(draw: ImageDraw.ImageDraw, text: str, width: int, height: int) -> None:
     if not text:
         return
+    text = prepared(text)
     room_w, room_h = width * 0.88, height * 0.5
     short = min(width, height)
     for share in (0.11, 0.09, 0.07, 0.055, 0.043, 0.034):
         size = round(short * share)
-        font = _font(size)
-        lines = _wrap(text, font, room_w)
+        pen = pen_for(text, size)
+        lines = _wrap(text, pen, room_w)
         step = size * 1.25
         if len(lines) * step <= room_h:
             break
@@ -166,28 +162,31 @@ def _write_prompt(draw: ImageDraw.ImageDraw, text: str, width: int, height: int)
     y = height * 0.9 - len(lines) * step
     offset = max(1, size // 24)
     for line in lines:
-        draw.text((width * 0.06 + offset, y + offset), line, font=font, fill=(0, 0, 0))
-        draw.text((width * 0.06, y), line, font=font, fill=(255, 255, 255))
+        pen.draw(draw, (width * 0.06 + offset, y + offset), line, (0, 0, 0))
+        pen.draw(draw, (width * 0.06, y), line, (255, 255, 255))
         y += step
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, room: float) -> list[str]:
+def _wrap(text: str, pen: Pen, room: float) -> list[str]:
     lines: list[str] = []
     line, used = "", 0.0
-    space = font.getlength(" ")
+    space = pen.length(" ")
     for word in text.split(" "):
-        for part in _pieces(word, font, room):
-            length = font.getlength(part)
-            if line and used + space + length > room:
+        for number, part in enumerate(_pieces(word, pen, room)):
+            length = pen.length(part)
+            between, gap = ("", 0.0) if number else (" ", space)
+            if line and used + gap + length > room:
                 lines.append(line)
                 line, used = part, length
+            elif line:
+                line, used = f"{line}{between}{part}", used + gap + length
             else:
-                line, used = (f"{line} {part}", used + space + length) if line else (part, length)
+                line, used = part, length
     return [*lines, line]
 
 
-def _pieces(word: str, font: ImageFont.FreeTypeFont, room: float) -> list[str]:
-    length = font.getlength(word)
+def _pieces(word: str, pen: Pen, room: float) -> list[str]:
+    length = pen.length(word)
     if length <= room:
         return [word]
     each = max(1, int(len(word) * room / length) - 1)
@@ -195,6 +194,6 @@ def _pieces(word: str, font: ImageFont.FreeTypeFont, room: float) -> list[str]:
 
 
 def _write_corner(draw: ImageDraw.ImageDraw, text: str, width: int, height: int) -> None:
-    font = _font(max(12, round(min(width, height) * 0.024)))
+    font = default_font(max(12, round(min(width, height) * 0.024)))
     place = (width * 0.94, height * 0.965)
     draw.text(place, text, font=font, fill=(235, 235, 235), anchor="rs")
