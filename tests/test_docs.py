@@ -271,7 +271,7 @@ def test_its_component_is_one(names: dict[str, Any]) -> None:
 
 
 def test_the_list_of_public_names_is_whole_and_says_what_was_left_out() -> None:
-    text = page("public-names")
+    text = page("reference/public-names")
     rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", text, re.MULTILINE)
     assert [name for name, _ in rows] == krea_dagster.__all__
     for name, sentence in rows:
@@ -332,13 +332,13 @@ def test_its_pictures_are_there() -> None:
             assert (path.parent / picture).is_file(), f"{path.name}: {picture}"
 
 
-@pytest.mark.parametrize("name", ["callbacks", "curation", "upstream", "how-to/several-tables"])
+@pytest.mark.parametrize("name", ["callbacks", "curation", "upstream-prompts", "several-tables"])
 def test_the_code_of_the_pages_in_docs_makes_code_locations(
     names: dict[str, Any], name: str
 ) -> None:
     """After the README's own, whose names it may use."""
     made = dict(names)
-    for block in blocks("python", page(name)):
+    for block in blocks("python", page(f"how-to/{name}")):
         exec(compile(block, name, "exec", dont_inherit=True), made)  # noqa: S102 - our own code
     locations = [
         one
@@ -361,7 +361,7 @@ def test_the_job_of_the_page_on_upstream_assets_makes_the_prompts_first(
     monkeypatch.setenv("EVOLINK_API_KEY", open_account())
     key = 'api_key=dg.EnvVar("EVOLINK_API_KEY")'
     made: dict[str, Any] = {}
-    for block in blocks("python", page("upstream")):
+    for block in blocks("python", page("how-to/upstream-prompts")):
         text = block.replace(key, f'{key}, base_url="{emulator.url}"')
         exec(compile(text, "upstream.md", "exec", dont_inherit=True), made)  # noqa: S102 - our own code
     job, last = "product_dataset", "bucket-007"

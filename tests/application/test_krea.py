@@ -16,7 +16,7 @@ from krea_dagster.errors import ConfigError
 from krea_dagster.prompts import parse_partition_by
 from tests.dagster_bench import OpenAccount, write_table
 
-PAGE = Path(__file__).parents[2] / "docs" / "python.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "python.md"
 
 
 @pytest.fixture

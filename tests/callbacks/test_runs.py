@@ -24,7 +24,7 @@ from tests.engine.harness import EngineHarness, make_requests, open_harness, row
 
 pytestmark = pytest.mark.anyio
 
-#: docs/callbacks.md shows the results of 500; the emulator draws 22 a second on a core.
+#: docs/how-to/callbacks.md shows the results of 500; the emulator draws 22 a second on a core.
 IMAGES = int(os.environ.get("KREA_CALLBACK_IMAGES", "100"))
 
 

@@ -31,7 +31,7 @@ from tests.cluster.servers import SCRIPTS, Postgres, Store, Valkey, free_ports, 
 ROOT: Final = Path(__file__).parents[2]
 SHIPPED: Final = ROOT / "examples" / "cluster"
 
-PAGE: Final = ROOT / "docs" / "beyond-one-machine.md"
+PAGE: Final = ROOT / "docs" / "how-to" / "beyond-one-machine.md"
 
 
 class Cluster:

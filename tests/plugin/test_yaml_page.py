@@ -1,4 +1,4 @@
-"""docs/yaml.md has every key of the component, its default, and what its description says."""
+"""docs/reference/yaml.md has every key of the component, its default, and its description."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from krea_dagster.plugin.component_sections import (
     SpendCheck,
 )
 
-PAGE = Path(__file__).parents[2] / "docs" / "yaml.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "yaml.md"
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "attributes": KreaImages,

@@ -1,4 +1,4 @@
-"""docs/prompts.md: its code runs, from its first line to its last."""
+"""docs/how-to/prompt-sources.md: its code runs, from its first line to its last."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "prompts.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "prompt-sources.md"
 
 
 def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""docs/spend.md: its ten queries have the printed results on the sample data."""
+"""docs/how-to/spend.md: its ten queries have the printed results on the sample data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "data" / "prompts.parquet"
 QUESTIONS = re.findall(
     r"^### \d+\. (.+?)\n\n```sql\n(.+?)\n```\n\n```text\n(.+?)\n```$",
-    (ROOT / "docs" / "spend.md").read_text(),
+    (ROOT / "docs" / "how-to" / "spend.md").read_text(),
     re.DOTALL | re.MULTILINE,
 )
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from krea_dagster.testing import SMALL_TABLE, FakeKrea, write_prompts
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "how-to" / "testing.md").read_text(encoding="utf-8")
 
 
 def test_the_pages_code_is_a_conftest_and_a_test_file_that_passes(tmp_path: Path) -> None:
