@@ -196,6 +196,9 @@ def _raised(
 ) -> _Decided:
     """Decide, raise the attempts of this batch's candidates, and plan again."""
     mine = np.asarray(pc.is_in(slots["partition_key"], value_set=pa.array(batch.plan.keys)))
+    if batch.trial is not None:  # the others are decided about when they are bought
+        in_trial = pa.array(sorted(batch.trial_ids()), pa.string())
+        mine &= np.asarray(pc.is_in(slots["prompt_id"], value_set=in_trial))
     known, drawn = log.current(), log.drawn()
     while True:
         decision = decide(wanted, slots, standing)

@@ -17,6 +17,7 @@ from krea_dagster.curation.accepted.quota import WantedImages
 from krea_dagster.curation.accepted.rules import Rules
 from krea_dagster.emulator import Emulator
 from krea_dagster.plugin.assets.accepted import check_wanted
+from krea_dagster.prompts.trial import Trial
 from tests.curation.accepted.quota_harness import PRICE, QuotaProject, prompts_of
 from tests.dagster_bench import OpenAccount, check_of, latest, values, write_table
 
@@ -127,6 +128,22 @@ def test_what_would_be_the_same_image_or_has_failed_is_never_bought_again(
     assert set(why) == {"fixed", "failed", "shared-1", "shared-2"}
     assert "a seed in the table" in why["fixed"]
     assert "retry_errors" in why["failed"]
+
+
+def test_in_a_trial_only_its_rows_are_replaced(
+    tmp_path: Path, emulator: Emulator, open_account: OpenAccount
+) -> None:
+    prompts = prompts_of(2, "few", num_images=1)
+    studio = QuotaProject(
+        tmp_path, emulator, open_account(), prompts, WantedImages(1), Rules(), "few", "hash:1"
+    )
+    studio.carry()
+    studio.judge({("few-000", 0): "reject", ("few-001", 0): "reject"})
+    studio.carry(trial=Trial(1))
+    assert len(studio.tasks()) == 3
+    assert studio.krea.attempts(studio.table) == {("few-000", 0): 1}
+    studio.carry()
+    assert len(studio.tasks()) == 4
 
 
 def test_a_flagged_image_waits_and_one_that_is_taken_back_counts_again(

@@ -40,6 +40,7 @@ from krea_dagster.manifest import write_manifest_parts
 from krea_dagster.plugin.assets.accepted import build_accepted_assets
 from krea_dagster.plugin.names import Names
 from krea_dagster.prompts import parse_partition_by
+from krea_dagster.prompts.trial import Trial
 from tests.dagster_bench import bought, run_job, write_table
 
 PRICE = 0.45
@@ -124,9 +125,11 @@ class QuotaProject:
         keys = partitions or self.partitions
         return run_job(self.defs, instance, keys[0], keys[-1])
 
-    def carry(self, partitions: Sequence[str] | None = None) -> QuotaState:
+    def carry(
+        self, partitions: Sequence[str] | None = None, trial: Trial | None = None
+    ) -> QuotaState:
         """Do the same without Dagster: decide, buy, write the manifests."""
-        batch = Batch.read(self.table, partitions, self.krea, to_buy=True)
+        batch = Batch.read(self.table, partitions, self.krea, to_buy=True, trial=trial)
         run_id = f"run-{next(self._runs)}"
         batch, asked = apply_quota(
             batch,
