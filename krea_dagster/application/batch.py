@@ -25,6 +25,7 @@ from krea_dagster.application.plan_notes import plan_notes
 from krea_dagster.application.present_partitions import origin_of
 from krea_dagster.digests import Digests, Mask, first_of_each
 from krea_dagster.engine.budget import column_scope
+from krea_dagster.engine.journal.attribution_log import attributes_text, attribution_id
 from krea_dagster.engine.journal.bulk_reads import (
     NO_KNOWN_REQUESTS,
     KnownRequests,
@@ -34,7 +35,7 @@ from krea_dagster.engine.journal.bulk_reads import (
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.policy import REJECTED
 from krea_dagster.engine.record import Record
-from krea_dagster.engine.run.requested_image import RequestedImage
+from krea_dagster.engine.run.requested_image import BoughtFor, RequestedImage
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import Manifests, manifest_parts, manifest_schema
@@ -46,8 +47,8 @@ from krea_dagster.prompts.trial import Trial, TrialRows
 #: States in which a request has ended, so that another image may be requested.
 _ENDED: Final = frozenset({State.STORED, State.FAILED, State.REFUSED, State.EXPIRED})
 
-#: The budget scopes of an image, and the callback address of its row.
-_Further: TypeAlias = tuple[tuple[str, ...], str | None]
+#: The budget scopes of an image, the callback address of its row, and its row with its attributes.
+_Further: TypeAlias = tuple[tuple[str, ...], str | None, BoughtFor, str | None]
 
 #: The batch that the runs of this process may use again.
 _handed_over: Final[ContextVar[Batch | None]] = ContextVar("krea_batch", default=None)
@@ -292,9 +293,15 @@ class Batch:
         """Return the data version of ``prompts``, by partition."""
         return self.plan.versions()
 
-    def state(self, backend: Backend) -> PlanState:
-        """Return the state of the images in journal and storage. Raises JournalError."""
+    def state(self, backend: Backend, spend_by: Sequence[str] = ()) -> PlanState:
+        """Return the state of the images in journal and storage. Raises JournalError.
+
+        ``spend_by`` are columns whose values are written with each purchase, in addition to those
+        of the settings and of the budgets; those that the table does not have are left out.
+        """
         columns = backend.budget_columns()
+        named = dict.fromkeys([*columns, *backend.settings.spend_by, *spend_by])
+        attributes = [name for name in named if name in self._columns]
         if missing := [name for name in columns if name not in self._columns]:
             raise ConfigError(
                 f"a budget names the column {missing[0]!r}, which the prompt table does not have; "
@@ -306,14 +313,18 @@ class Batch:
             return replace(state, held=self.held, outside=self.outside)
         if not backend.has_journal():
             nothing = NO_KNOWN_REQUESTS.of(self.plan.all_digests)
-            return PlanState(self.plan, *nothing, columns, self.held, self.outside)
+            return PlanState(
+                self.plan, *nothing, columns, attributes, self.held, self.outside
+            )
         found = None if self._look is None else self._look.take()
         with backend.open_journal() as journal:
             if found is None:
                 found = known_requests(journal, backend.open_storage(), self.plan.all_digests)
             table_id = backend.table_id(journal, self.table)
-        seen, intact = found.of(self.plan.all_digests)
-        return PlanState(self.plan, seen, intact, columns, self.held, self.outside, table_id)
+        known = found.of(self.plan.all_digests)
+        return PlanState(
+            self.plan, *known, columns, attributes, self.held, self.outside, table_id
+        )
 
     def manifest_parts(
         self, key: str, backend: Backend, journal: Journal, run_id: str
@@ -372,6 +383,17 @@ class Batch:
         return manifest_schema(self.plan)
 
 
+def _texts_of(images: pa.RecordBatch, name: str) -> list[str | None]:
+    """Return the values of a column as text."""
+    # The plan's own columns come first, and a further one may have the same name.
+    column = images.column(images.schema.names.index(name))
+    try:
+        texts: list[str | None] = column.cast(pa.string()).to_pylist()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # a list or a struct
+        texts = [None if value is None else str(value) for value in column.to_pylist()]
+    return texts
+
+
 def has_begun(table: PromptTable, key: str, now: datetime) -> bool:
     """Return whether a partition has begun; those that are not by time always have."""
     by = table.partition_by
@@ -412,14 +434,16 @@ class PlanState:
     """The images of a plan: which of them the journal has ``seen``, and which are ``intact``.
 
     An image is intact if it is stored and complete: nothing is left to do for it.
-    ``budget_columns`` are the columns whose values have a budget; ``held`` and ``outside`` are
-    those of ``Batch``; ``table_id`` is the prompt table's in the journal.
+    ``budget_columns`` are the columns whose values have a budget, ``attributes`` those whose values
+    are written with each purchase; ``held`` and ``outside`` are those of ``Batch``; ``table_id`` is
+    the prompt table's in the journal.
     """
 
     plan: Plan
     seen: Mask
     intact: Mask
     budget_columns: Sequence[str] = ()
+    attributes: Sequence[str] = ()
     held: Mask | None = None
     outside: Mask | None = None
     table_id: str = ""
@@ -458,16 +482,13 @@ class PlanState:
         chosen[open_[first]] = True
         masks = self.by_partition(chosen)
         requests = self.plan.requests(masks)
-        further: Iterable[_Further] = repeat(((), None), len(counts[first]))
-        if self.budget_columns or COLUMN in self.plan.passthrough.names:
-            further = self._further(masks)
-        for (request, partition_key), rows, (scopes, url) in zip(
-            requests, counts[first], further, strict=True
+        for (request, partition_key), rows, further in zip(
+            requests, counts[first], self._further(masks), strict=True
         ):
-            yield RequestedImage(request, partition_key, int(rows), scopes, url)
+            yield RequestedImage(request, partition_key, int(rows), *further)
 
     def _further(self, masks: Mapping[str, Mask]) -> Iterator[_Further]:
-        """Yield what the table's further columns say of each masked image, in the plan's order."""
+        """Yield what else each masked image is bought with, in the plan's order."""
         calls = COLUMN in self.plan.passthrough.names
         for key in self.plan.keys:
             mask, start = masks[key], 0
@@ -477,16 +498,33 @@ class PlanState:
                 nothing = repeat((), chosen.num_rows)
                 scopes = self.scopes_of(chosen) if self.budget_columns else nothing
                 urls = own_urls(chosen) if calls else repeat(None, chosen.num_rows)
-                yield from zip(scopes, urls, strict=True)
+                yield from zip(scopes, urls, *self._rows_of(chosen), strict=True)
+
+    def _rows_of(self, images: pa.RecordBatch) -> tuple[Iterable[BoughtFor], Iterable[str | None]]:
+        """Return the row that each of these images is bought for, and its attributes as text."""
+        attributes: Sequence[str | None] = [None] * images.num_rows
+        if self.attributes:
+            columns = [_texts_of(images, name) for name in self.attributes]
+            texts: dict[tuple[str | None, ...], str] = {}
+            rows = list(zip(*columns, strict=True))
+            for values in dict.fromkeys(rows):
+                named = dict(zip(self.attributes, values, strict=True))
+                texts[values] = attributes_text(named)
+            attributes = [texts[values] for values in rows]
+        names = images.schema.names
+        who = (images.column(names.index(name)).to_pylist() for name in ("prompt_id", "sample"))
+        numbers = {text: None if text is None else attribution_id(text) for text in {*attributes}}
+        bought_for = [
+            BoughtFor(prompt_id, sample, numbers[text])
+            for prompt_id, sample, text in zip(*who, attributes, strict=True)
+        ]
+        return bought_for, attributes
 
     def scopes_of(self, images: pa.RecordBatch) -> Sequence[tuple[str, ...]]:
         """Return the budget scopes of each of these images; empty if no column has a budget."""
-        names = images.schema.names
         columns = []
         for name in self.budget_columns:
-            # The plan's own columns come first, and a further one may have the same name.
-            texts = images.column(names.index(name)).cast(pa.string())
-            values = texts.dictionary_encode()
+            values = pa.array(_texts_of(images, name), pa.string()).dictionary_encode()
             scopes = [column_scope(name, value) for value in values.dictionary.to_pylist()]
             places = values.indices.to_pylist()
             empty = column_scope(name, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import getpass
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 from krea_dagster.application.backend import Backend, belongs_to, paid_and_open
 from krea_dagster.application.runner import open_runner
+from krea_dagster.engine.journal.attribution_log import Buyer
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.resolution import Resolution
 from krea_dagster.engine.run.report import Progress, RunReport
@@ -33,6 +35,7 @@ def buy(
     retry_errors: Iterable[str] = (),
     resolutions: Mapping[str, Resolution] | None = None,
     wait: bool = True,
+    buyer: Buyer | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> RunReport:
     """Buy, fetch and verify what is missing, and return when nothing more can be done.
@@ -47,6 +50,7 @@ def buy(
         resolutions: A person's decisions about unknown outcomes, by request key.
         wait: Otherwise the run submits, fetches what earlier runs submitted and has probably
             ended, and returns; a later run collects the rest.
+        buyer: Who buys, written once for the run; this machine's user by default.
         on_progress: Is called on the event loop whenever something changed.
 
     Returns:
@@ -58,6 +62,8 @@ def buy(
         JournalError: if the journal cannot be written.
     """
     with open_runner(backend, run_id, on_progress, table) as runner:
+        who = buyer or Buyer(user=local_user())
+        runner.journal.attributions.enter_buyer(run_id, runner.table_id, who)
         buying = replace(
             runner,
             policy=replace(runner.policy, retry_codes=frozenset(retry_errors), wait=wait),
@@ -65,6 +71,14 @@ def buy(
             resolutions=resolutions or {},
         )
         return _run(buying.run(wanted, reused_rows=reused_rows))
+
+
+def local_user() -> str | None:
+    """Return the name of the user of this machine; None where there is none, as in a container."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return None
 
 
 def collect(

@@ -14,6 +14,7 @@ from krea_dagster.application.manifest_summary import ManifestSummary
 from krea_dagster.application.present_partitions import origin_of, retire_departed
 from krea_dagster.application.purchase import buy
 from krea_dagster.application.quota import QuotaState, apply_quota
+from krea_dagster.engine.journal.attribution_log import Buyer
 from krea_dagster.engine.run.report import Progress, RunReport
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import write_manifest_parts
@@ -82,6 +83,7 @@ def buy_batch(
     run_id: str,
     launch: str = "",
     wait: bool = True,
+    buyer: Buyer | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> RunReport:
     """Buy what a batch lacks; see ``purchase.buy`` for the arguments and errors."""
@@ -95,6 +97,7 @@ def buy_batch(
         retry_errors=options.retry_errors,
         resolutions=options.resolutions(batch.plan),
         wait=options.waits(wait),
+        buyer=buyer,
         on_progress=on_progress,
     )
     batch.end_regenerations(backend)

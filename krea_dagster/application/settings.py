@@ -133,6 +133,19 @@ class SharedSettings(BaseModel):
         variable="KREA_SOFT_BUDGETS",
         metavar="SCOPE=CREDITS,…",
     )
+    spend_by: list[str] = _setting(
+        [],
+        "Columns of the prompt table whose values are written with each purchase, such as a "
+        "campaign, so that a later change of the table does not move what was spent.",
+        variable="KREA_SPEND_BY",
+        metavar="COLUMN,…",
+    )
+    spend_tags: list[str] = _setting(
+        [],
+        "Tags of Dagster runs whose values are kept with the purchases of the run.",
+        variable="KREA_SPEND_TAGS",
+        metavar="TAG,…",
+    )
     timezone: str = _setting(
         "UTC",
         "Time zone of the days, weeks and months that `spend` shows, such as Europe/Berlin. "
@@ -309,8 +322,8 @@ def _read(text: str, field: FieldInfo, name: str) -> Any:
             return credits_from_units(parse_cap(text, variable))
         case "budgets" | "soft_budgets":
             return _budgets(text, variable)
-        case "prompt_columns":
-            return [part.strip() for part in text.split(",") if part.strip()]
+        case "prompt_columns" | "spend_by" | "spend_tags":
+            return _names(text)
         case "storage_options" | "prompts_options":
             return parse_options(text, variable)
     return text
@@ -343,8 +356,12 @@ def without_secret(url: str, variable: str) -> str:
     return url
 
 
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def _budgets(text: str, variable: str) -> list[str]:
-    budgets = [part.strip() for part in text.split(",") if part.strip()]
+    budgets = _names(text)
     for budget in budgets:
         try:
             Budget.parse(budget)

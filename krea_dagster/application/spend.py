@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from calendar import monthrange
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timezone
 from fractions import Fraction
 from zoneinfo import ZoneInfo
@@ -19,7 +19,14 @@ from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.file_systems import Options
 from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA, exact_rate
-from krea_dagster.spend.tables.query import MADE, SpendLine, open_tables, run_query, sums
+from krea_dagster.spend.tables.query import (
+    MADE,
+    SpendLine,
+    from_today,
+    open_tables,
+    run_query,
+    sums,
+)
 from krea_dagster.spend.tables.sql import DuckDB
 from krea_dagster.spend.tables.state import SpendState
 from krea_dagster.spend.tables.update import SpendUpdate, update_spend
@@ -63,7 +70,8 @@ class SpendPeriod:
 class Spend:
     """Sums by the columns ``by`` in a period, and all budgets with their use.
 
-    ``rate`` is how many credits one US dollar buys.
+    ``rate`` is how many credits one US dollar buys. ``from_today`` counts, for columns of the
+    prompt table, the purchases that were not written with them: they count as today's table says.
     """
 
     by: tuple[str, ...]
@@ -72,6 +80,7 @@ class Spend:
     rate: Fraction
     where: str
     budgets: Sequence[BudgetLine] = ()
+    from_today: Mapping[str, int] = field(default_factory=dict)
 
 
 def spend_of(
@@ -97,10 +106,11 @@ def spend_of(
         else:
             names, lines = ("when",), _by_time(duck, period, now)
         budgets = budget_lines(duck, caps, soft, now) if caps or soft else []
+        today = from_today(duck, by) if needs_manifest else {}
     storage = backend.open_storage()
     rate, _ = as_kept(storage)
     where = redact.location(storage.locate(""))
-    return Spend(names, lines, period, exact_rate(rate), where, budgets)
+    return Spend(names, lines, period, exact_rate(rate), where, budgets, today)
 
 
 def _by_time(duck: DuckDB, period: SpendPeriod, now: datetime) -> list[SpendLine]:
@@ -129,13 +139,14 @@ def answer_of(
     zone: str | None = None,
 ) -> pa.Table:
     """Answer one SELECT over the views. Raises ConfigError or JournalError."""
-    needs = {name: name in query.lower() for name in ("manifest", "prompts")}
+    names = ("manifest", "prompts", "attribution")
+    needs = {name: name in query.lower() for name in names}
     opened = _opened(
         backend,
         zone or backend.settings.timezone,
         prompts if needs["prompts"] else None,
         prompts_options,
-        manifest=needs["manifest"],
+        manifest=needs["manifest"] or needs["attribution"],
     )
     with closing(opened) as duck:
         return run_query(duck, query)

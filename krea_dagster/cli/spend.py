@@ -187,6 +187,12 @@ def show_spend(shown: Spend) -> None:
         out.print(table)
         if left_out:
             out.print(f"no room for {', '.join(left_out)}: see --json")
+    for name, count in shown.from_today.items():
+        if count:
+            out.print(
+                f"{count} purchases were not written with {escape(printable(name))}: today's table "
+                "says it (KREA_SPEND_BY keeps it from now on)"
+            )
     if shown.budgets:
         out.print(_budget_table(shown))
     out.print(f"USD at {float(shown.rate):g} credits per USD; days are {shown.period.zone}")
@@ -219,6 +225,7 @@ def spend_figures(shown: Spend) -> dict[str, Any]:
         "until": None if period.until is None else period.until.isoformat(),
         "timezone": period.zone,
         "credits_per_usd": float(shown.rate),
+        "from_today": dict(shown.from_today),
         "lines": [_row(shown, line) for line in shown.lines],
         "budgets": [
             {

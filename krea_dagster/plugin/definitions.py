@@ -188,6 +188,7 @@ def build_krea_definitions(
         resource_key=names.resource_key,
         io_manager_key=io_manager_key,
         relative_storage=relative_storage,
+        spend_by=spend_by,
     )
     resources = {
         names.resource_key: krea,

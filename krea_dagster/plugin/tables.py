@@ -97,6 +97,7 @@ def build_krea_tables(
                 resource_key=resource_key,
                 io_manager_key=io_manager_key,
                 spend=False,
+                spend_by=spend_by,
                 salvage=False,
                 executor=None,
             )

@@ -76,6 +76,8 @@ EVERYTHING: dict[str, Any] = {
         "budgets": ["month=900", "column:day=5"],
         "soft_budgets": ["month=800"],
         "timezone": "Europe/Berlin",
+        "spend_by": ["campaign"],
+        "spend_tags": ["team"],
         "patience_s": 600,
         "outage_patience_s": 60,
         "timeout_s": 30,

@@ -81,8 +81,12 @@ class ExpectedSums:
 class SimulatedYear:
     """A year of about ``purchases`` purchases. ``write`` puts days of it into the journal."""
 
-    def __init__(self, folder: Path, purchases: int, *, seed: int = 1) -> None:
+    def __init__(
+        self, folder: Path, purchases: int, *, seed: int = 1, attributed: bool = True
+    ) -> None:
         self.folder = folder
+        #: Whether purchases say which row they were made for; those of old versions do not.
+        self.attributed = attributed
         self.storage = Storage(str(folder))
         self._chance = np.random.default_rng(seed)
         self.written_to: date | None = None
@@ -345,6 +349,8 @@ class SimulatedYear:
             "partition_key": self.partition(row),
             "sent_at": sent,
             "posts": 1,
+            "prompt_id": self.prompt_ids[row].as_py() if self.attributed else None,
+            "sample": 0 if self.attributed else None,
             "task_id": f"task-{key[:24]}-{number}" if accepted else None,
             "submitted_at": sent + 200_000 if accepted else None,
             "expected_units": price,

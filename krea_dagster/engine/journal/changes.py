@@ -35,12 +35,15 @@ _IMAGE: Final = frozenset(
     {"image_path", "image_sha256", "image_bytes", "image_format", "width", "height"}
 )
 
+#: The columns of ``submissions`` that say which row a purchase was made for, and what it said.
+_BOUGHT_FOR: Final = ("prompt_id", "sample", "attribution_id")
+
 #: The columns of ``requests`` and of ``submissions`` that each event may set.
 _COLUMNS: Final[Mapping[Event, tuple[frozenset[str], frozenset[str]]]] = {
     Event.PLANNED: (frozenset(), frozenset()),
     Event.SUBMITTING: (
         frozenset(),
-        frozenset({"table_id", "partition_key", "scopes", "callback_url", "api_key"}),
+        frozenset({"table_id", "partition_key", "scopes", "callback_url", "api_key", *_BOUGHT_FOR}),
     ),
     Event.REPLAYING: (frozenset(), frozenset()),
     Event.ACCEPTED: (
@@ -114,7 +117,9 @@ _NO_SUBMISSION: Final[Mapping[str, Any]] = {
 _NOT_AS_GIVEN: Final = frozenset({"scopes", "callback_url", "table_id"})
 
 #: Columns of ``requests`` and ``submissions`` that are not fields of a record of the same name.
-_NOT_IN_RECORD: Final = _IMAGE | {"updated_at", "settled_at", "posts", "partition_key", "scopes"}
+_NOT_IN_RECORD: Final = _IMAGE.union(
+    ("updated_at", "settled_at", "posts", "partition_key", "scopes"), _BOUGHT_FOR
+)
 
 
 @dataclass(frozen=True)
@@ -237,6 +242,7 @@ def _new_submission(
         "scopes": _scopes_text(change),
         "callback_url": change.values.get("callback_url"),
         "replayed": False,
+        **{name: change.values.get(name) for name in _BOUGHT_FOR},
     }
 
 

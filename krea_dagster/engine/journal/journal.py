@@ -21,6 +21,7 @@ from krea_dagster.engine.budget import Caps, Commitment
 from krea_dagster.engine.journal.api_key_log import ApiKeyLog
 from krea_dagster.engine.journal.append import StaleRecord, write_changes
 from krea_dagster.engine.journal.attempt_log import AttemptLog
+from krea_dagster.engine.journal.attribution_log import AttributionLog
 from krea_dagster.engine.journal.callback_log import CallbackLog
 from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.journal.claim_log import ClaimLog
@@ -89,6 +90,7 @@ class Journal:
         self.database = database
         self.api_keys = ApiKeyLog(database)
         self.callbacks = CallbackLog(database)
+        self.attributions = AttributionLog(database)
         self.claims = ClaimLog(database)
         self.paces = PaceLog(database)
         self.prices = PriceLog(database, self.claims)

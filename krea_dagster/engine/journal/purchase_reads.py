@@ -23,11 +23,14 @@ from sqlalchemy import (
     func,
     or_,
     select,
+    text,
     type_coerce,
 )
 
 from krea_dagster.engine.journal.rows import rows_with
 from krea_dagster.engine.journal.schema import (
+    attributions,
+    buyers,
     events,
     microseconds,
     prompt_tables,
@@ -35,7 +38,7 @@ from krea_dagster.engine.journal.schema import (
     submissions,
     time_of,
 )
-from krea_dagster.engine.states import Event
+from krea_dagster.engine.states import Event, State
 
 #: One row per purchase. The columns from ``state`` to ``error_code`` are the request's, and null
 #: unless this is its latest purchase. For earlier ones ``said`` is the data, as JSON, of the event
@@ -48,6 +51,10 @@ PURCHASE_SCHEMA: Final = pa.schema(
         ("run_id", pa.string()),
         ("partition_key", pa.string()),
         ("prompt_table", pa.string()),
+        ("table_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("attribution_id", pa.int64()),
         ("number", pa.int32()),
         ("request_key", pa.string()),
         ("idempotency_key", pa.string()),
@@ -160,9 +167,9 @@ def purchases(
         sent_at = type_coerce(submissions.c.sent_at, BigInteger)
         spans = [span_of(month) for month in sorted(months)]
         query = query.where(or_(*(and_(sent_at >= low, sent_at < high) for low, high in spans)))
-    text = str(query.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True}))
+    compiled = query.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
     with closing(_cursor(connection)) as cursor:
-        cursor.execute(text)
+        cursor.execute(str(compiled))
         while rows := cursor.fetchmany(_ROWS):
             columns = [
                 pa.array(column, field.type)
@@ -184,6 +191,52 @@ def states_of(connection: Connection, keys: list[str]) -> dict[str, str]:
     query = select(requests.c.request_key, requests.c.state)
     rows = rows_with(connection, query, requests.c.request_key, keys)
     return {row.request_key: row.state for row in rows}
+
+
+def load_attribution(connection: Connection) -> dict[str, pa.Table]:
+    """Return what purchases are attributed with, as three tables.
+
+    ``attributions`` and ``buyers`` are those of the journal. ``later`` has the highest attempt of
+    each row's sample whose image is stored, if it is not the first.
+    """
+    raised = (
+        select(
+            submissions.c.table_id,
+            submissions.c.prompt_id,
+            submissions.c.sample,
+            func.max(requests.c.attempt).label("attempt"),
+        )
+        .join(requests, submissions.c.request_key == requests.c.request_key)
+        .where(
+            # As in the index, whose condition has no parameter.
+            text("requests.attempt > 0"),
+            requests.c.state == State.STORED.value,
+            submissions.c.prompt_id.is_not(None),
+        )
+        .group_by(submissions.c.table_id, submissions.c.prompt_id, submissions.c.sample)
+    )
+    found = {}
+    for name, query in (
+        ("attributions", select(attributions)),
+        ("buyers", select(buyers)),
+        ("later", raised),
+    ):
+        rows = connection.execute(query).all()
+        fields = [
+            pa.field(column.name, _KINDS.get(column.name, pa.string()))
+            for column in query.selected_columns
+        ]
+        values = zip(*rows, strict=True) if rows else [()] * len(fields)
+        columns = [pa.array(column, one.type) for column, one in zip(values, fields, strict=True)]
+        found[name] = pa.table(columns, schema=pa.schema(fields))
+    return found
+
+
+_KINDS: Final = {
+    "attribution_id": pa.int64(),
+    "sample": pa.int32(),
+    "attempt": pa.int32(),
+}
 
 
 def month_of(at_us: int) -> str:

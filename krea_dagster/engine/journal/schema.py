@@ -224,6 +224,35 @@ requests: Final = Table(
     Index("ix_requests_state", "state"),
     Index("ix_requests_claimed_by", "claimed_by"),
     Index("ix_requests_updated_at", "updated_at"),
+    Index(
+        "ix_requests_raised",
+        "attempt",
+        sqlite_where=text("attempt > 0"),
+        postgresql_where=text("attempt > 0"),
+    ),
+)
+
+#: What purchases were made for: values of the columns that the user names, as a JSON object. The
+#: number follows from the text, so that runs need not agree on it.
+attributions: Final = Table(
+    "attributions",
+    metadata,
+    Column("attribution_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("attributes", Text, nullable=False),
+)
+
+#: Who bought, by run and prompt table: what Dagster says of the run, and the tags (a JSON object)
+#: that the user names.
+buyers: Final = Table(
+    "buyers",
+    metadata,
+    Column("run_id", String(255), primary_key=True),
+    Column("table_id", String(32), primary_key=True),
+    Column("asset", Text),
+    Column("job", Text),
+    Column("backfill", Text),
+    Column("user_name", Text),
+    Column("tags", Text),
 )
 
 #: One row per purchase, or possible purchase: the money.
@@ -256,6 +285,10 @@ submissions: Final = Table(
     Column("callback_url", Text),
     # Scopes in addition to its run, day, month and partition, as a JSON list.
     Column("scopes", Text),
+    # The row that it was bought for, and what that row said then; null in rows of older versions.
+    Column("prompt_id", Text),
+    Column("sample", Integer),
+    Column("attribution_id", BigInteger),
     CheckConstraint("reserved_units >= 0", name="reserved"),
     CheckConstraint("charged_units >= 0", name="charged"),
     CheckConstraint("committed_units >= 0", name="committed"),

@@ -7,6 +7,7 @@ unknown. Nothing is repeated here; the policy decides what to do next.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from typing import Any, Final, NamedTuple
 
 import anyio
@@ -105,6 +106,7 @@ class SubmitStep:
                 "api_key": self._options.api_key,
                 "scopes": item.scopes,
                 "callback_url": self._callback_url(item),
+                **({} if item.row is None else asdict(item.row)),
             }
         retried: SubmitError | None = None
         await anyio.lowlevel.checkpoint_if_cancelled()  # below, a stop is not heard

@@ -18,7 +18,7 @@ from krea_dagster.engine.policy import RetryState
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.run.options import RunOptions
 from krea_dagster.engine.run.report import Progress, count_of
-from krea_dagster.engine.run.requested_image import RequestedImage
+from krea_dagster.engine.run.requested_image import BoughtFor, RequestedImage
 from krea_dagster.engine.run.work_item import WorkItem
 from krea_dagster.engine.states import AT_STAKE, State
 from krea_dagster.engine.threads import InThread
@@ -55,6 +55,7 @@ class WorkList:
     _rows: dict[str, int] = field(default_factory=dict)
     _scopes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _callback_urls: dict[str, str] = field(default_factory=dict)
+    _bought_for: dict[str, str] = field(default_factory=dict)
     _at_stake: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -78,7 +79,11 @@ class WorkList:
         enter = partial(
             journal.plan, run_id=options.run_id, at=options.clock.now(), table_id=options.table_id
         )
+        entered: set[str] = set()
         while batch := await in_thread(next, batches, []):
+            if attributes := {one.attributes for one in batch if one.attributes} - entered:
+                await in_thread(journal.attributions.enter, sorted(attributes))
+                entered = attributes
             work.new += await in_thread(enter, [(one.request, one.partition_key) for one in batch])
             keys = [one.request.request_key for one in batch]
             records = await in_thread(journal.records, keys)
@@ -110,6 +115,8 @@ class WorkList:
             self._scopes[key] = one.scopes
         if one.callback_url is not None:
             self._callback_urls[key] = one.callback_url
+        if one.row is not None:
+            self._bought_for[key] = one.row.packed()
         if record.state in AT_STAKE and record.committed_units:
             self._at_stake[key] = record.committed_units
         if paid_at := record.completed_at or record.submitted_at or record.sent_at:
@@ -132,6 +139,7 @@ class WorkList:
             retry,
             self._scopes.get(key, ()),
             self._callback_urls.get(key),
+            None if key not in self._bought_for else BoughtFor.unpacked(self._bought_for[key]),
         )
 
     @property

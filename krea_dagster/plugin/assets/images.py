@@ -17,11 +17,13 @@ from krea_dagster.application.batch import Batch
 from krea_dagster.application.curation import Curation
 from krea_dagster.application.manifest_summary import ManifestSummary
 from krea_dagster.application.present_partitions import retire_departed
+from krea_dagster.application.purchase import local_user
 from krea_dagster.application.quota import QuotaState
 from krea_dagster.application.quotes import quote_images
 from krea_dagster.application.run import buy_batch, prepared, write_manifests
 from krea_dagster.application.run_log import RunLog
 from krea_dagster.application.run_text import cancel_line, end_line, quote_line, trial_line
+from krea_dagster.engine.journal.attribution_log import Buyer
 from krea_dagster.engine.run.report import RunReport
 from krea_dagster.manifest import MANIFEST_SCHEMA, Manifests, manifest_name
 from krea_dagster.plugin.checks import CHECK_NAME, check_rows
@@ -62,6 +64,9 @@ POOL = "krea"
 #: Dagster's tag of the runs of one backfill.
 _BACKFILL_TAG = "dagster/backfill"
 
+#: Dagster's tag of the person who launched a run, where it knows them.
+_USER_TAG = "dagster/user"
+
 
 @dataclass(frozen=True)
 class KreaAssets:
@@ -98,6 +103,7 @@ def build_krea_assets(
     resource_key: str = "krea",
     io_manager_key: str = "krea_manifest",
     relative_storage: str = "",
+    spend_by: Sequence[str] = (),
 ) -> KreaAssets:
     """Build the assets of a prompt table.
 
@@ -127,6 +133,8 @@ def build_krea_assets(
             receives a ``krea_dagster.manifest.Manifests``, whose ``to_table`` returns the rows.
         relative_storage: The storage root as it was written, if that was a relative path: in
             another working folder a run then refuses to create a second journal.
+        spend_by: Columns of the table whose values are written with each purchase, in addition to
+            those of the resource.
 
     Returns:
         The assets, their table and their partitions.
@@ -161,7 +169,13 @@ def build_krea_assets(
         "required_resource_keys": {resource_key},
     }
     step = _ImagesStep(
-        names, table, upstream, curation, wait=not collect_later, relative=relative_storage
+        names,
+        table,
+        upstream,
+        curation,
+        wait=not collect_later,
+        relative=relative_storage,
+        spend_by=tuple(spend_by),
     )
     with without_beta_warnings():
         images = _build_images(step, pool, common)
@@ -253,6 +267,7 @@ class _ImagesStep:
     curation: Curation | None
     wait: bool
     relative: str
+    spend_by: tuple[str, ...] = ()
 
     def run(
         self, context: dg.AssetExecutionContext, config: KreaImagesConfig, value: Any = None
@@ -330,7 +345,7 @@ class _ImagesStep:
     ) -> tuple[RunReport, Mapping[str, QuoteLine]]:
         log.doing("comparing the prompts with the journal and the stored images")
         with as_failure():
-            state = batch.state(krea)
+            state = batch.state(krea, self.spend_by)
             quote = quote_images(krea, state, retry_errors=config.retry_errors)
             log.say(quote_line(quote, partitions=len(batch.plan.keys), held=state.held_back))
             report = buy_batch(
@@ -342,6 +357,7 @@ class _ImagesStep:
                 # Not shared with a re-execution, which is how to continue after a top-up.
                 launch=context.run.tags.get(_BACKFILL_TAG) or context.run.run_id,
                 wait=self.wait,
+                buyer=buyer_of(context, self.names.key("images"), krea),
                 on_progress=log.progress,
             )
         return report, quote.by_partition()
@@ -407,6 +423,18 @@ class _ImagesStep:
             )
             context.add_asset_metadata(values, partition_key=key)
         return total
+
+
+def buyer_of(context: dg.AssetExecutionContext, key: dg.AssetKey, krea: Backend) -> Buyer:
+    """Return who buys in a step, as Dagster knows the run."""
+    tags = context.run.tags
+    return Buyer(
+        asset=key.to_user_string(),
+        job=context.run.job_name,
+        backfill=tags.get(_BACKFILL_TAG),
+        user=tags.get(_USER_TAG) or tags.get("user") or local_user(),
+        tags={name: tags[name] for name in krea.settings.spend_tags if name in tags},
+    )
 
 
 def _tag_run(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import BinaryIO, Final
@@ -15,7 +15,7 @@ from krea_dagster.engine.policy import REJECTED
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.spend.tables.measures import CREDITS, USD
-from krea_dagster.spend.tables.sql import units_of
+from krea_dagster.spend.tables.sql import at_purchase, quoted, units_of
 from krea_dagster.spend.text import dollars_of
 
 _TIME: Final = pa.timestamp("us", tz="UTC")
@@ -29,8 +29,16 @@ _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     ("run_id", pa.string(), "Dagster run that bought it"),
     ("partition_key", pa.string(), "Dagster partition that it was bought for"),
     ("prompt_table", pa.string(), "Prompt table that it was bought for; null where not known"),
-    ("prompt_id", pa.string(), "First row that requests it; null where no manifest lists it"),
+    ("table_id", pa.string(), "The prompt table's id in the journal; empty where not known"),
+    ("prompt_id", pa.string(), "Row that it was bought for; null where it is not known"),
     ("sample", pa.int32(), "Which of the row's num_images this is, from 0"),
+    ("attribution", pa.string(), "Where prompt_id is from: purchase, or today's manifest (today)"),
+    ("attributes", pa.string(), "The row's columns of spend_by at the purchase, JSON; or null"),
+    ("asset", pa.string(), "Dagster asset that bought it"),
+    ("job", pa.string(), "Dagster job that bought it"),
+    ("backfill", pa.string(), "Dagster backfill that bought it"),
+    ("user", pa.string(), "User who launched the run, where known"),
+    ("tags", pa.string(), "The run's tags of spend_tags, JSON; or null"),
     ("rows", pa.int32(), "Manifest rows that share it; 0 where no manifest lists it"),
     ("attempt", pa.int32(), "How often another image of this row was requested"),
     ("number", pa.int32(), "Which purchase of its request this is, from 1"),
@@ -78,10 +86,20 @@ def _sql(states: tuple[State, ...]) -> str:
 _FREE: Final = _sql((State.PLANNED, State.DEFERRED, State.REFUSED))
 
 
-def make_month(duck: duckdb.DuckDBPyConnection, raw: str) -> None:
-    """Create the table ``month`` from ``raw`` (PURCHASE_SCHEMA), ``listed`` and ``reviewed``.
+#: Whether a later attempt of the row that an image was bought for is stored, and no row of the
+#: manifests still shows the image.
+IS_REPLACED: Final = (
+    "coalesce(later.attempt > stated.attempt AND NOT coalesce(shown, false), replaced, false)"
+)
 
-    The additional columns of ``listed`` follow those of the ledger; dollars come with the file.
+
+def make_month(duck: duckdb.DuckDBPyConnection, raw: str, by: Sequence[str] = ()) -> None:
+    """Create the table ``month`` from ``raw`` (PURCHASE_SCHEMA).
+
+    It is joined with ``listed``, ``reviewed``, and the tables of ``load_attribution``.
+
+    The columns ``by`` follow those of the ledger: as they were at the purchase, or as the manifests
+    have them where that is not known. Dollars come with the file.
     """
     codes = ", ".join(f"'{code}'" for code in REJECTED_CODES)
     duck.execute(
@@ -98,12 +116,18 @@ def make_month(duck: duckdb.DuckDBPyConnection, raw: str) -> None:
         SELECT
             {", ".join(f"{_time(name)} AS {name}" for name in _TIMES)},
             CAST({_time("sent_at")} AS DATE) AS day,
-            run_id, stated.partition_key, stated.prompt_table, prompt_id, sample,
+            stated.run_id, stated.partition_key, stated.prompt_table,
+            stated.table_id,
+            coalesce(stated.prompt_id, listed.prompt_id) AS prompt_id,
+            coalesce(stated.sample, listed.sample) AS sample,
+            CASE WHEN stated.prompt_id IS NOT NULL THEN 'purchase'
+                WHEN listed.prompt_id IS NOT NULL THEN 'today' END AS attribution,
+            attributes, asset, job, backfill, user_name AS "user", tags,
             coalesce(rows, 0) AS rows,
-            attempt, number, request_key, idempotency_key, task_id, model, quality, size, seed,
-            width, height, CAST(width AS BIGINT) * height AS pixels, status,
+            stated.attempt, number, request_key, idempotency_key, task_id, model, quality, size,
+            seed, width, height, CAST(width AS BIGINT) * height AS pixels, status,
             CASE
-                WHEN status = 'stored' AND replaced THEN 'replaced'
+                WHEN status = 'stored' AND ({IS_REPLACED}) THEN 'replaced'
                 WHEN status = 'stored' THEN 'delivered'
                 WHEN status = 'completed' AND code IN ({codes}) THEN 'rejected'
                 WHEN status IN ('completed', 'submitted') THEN 'pending'
@@ -121,10 +145,21 @@ def make_month(duck: duckdb.DuckDBPyConnection, raw: str) -> None:
             billing_rule, user_group,
             CASE WHEN status IN ('stored', 'planned') THEN NULL ELSE code END AS error_code,
             epoch_us({_time("completed_at")} - {_time("submitted_at")}) / 1e6 AS latency_s,
-            listed.* EXCLUDE (request_key, prompt_id, sample, rows, replaced)
+            {"".join(f"{attributed(name)} AS {quoted(name)}," for name in by)}
         FROM stated LEFT JOIN listed USING (request_key) LEFT JOIN reviewed USING (request_key)
+            LEFT JOIN attributions USING (attribution_id)
+            LEFT JOIN buyers ON buyers.run_id = stated.run_id
+                AND buyers.table_id = stated.table_id
+            LEFT JOIN later ON later.table_id = stated.table_id
+                AND later.prompt_id = stated.prompt_id AND later.sample = stated.sample
         """
     )
+
+
+def attributed(name: str) -> str:
+    """Return a user's column: as it was at the purchase, or as the manifests have it."""
+    has, then = at_purchase(name)
+    return f"if({has}, {then}, listed.{quoted(name)})"
 
 
 _TIMES: Final = ("sent_at", "submitted_at", "completed_at", "settled_at")

@@ -24,7 +24,7 @@ from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.spend.tables.daily import DAILY_SCHEMA, FAILURES_SCHEMA
 from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
 from krea_dagster.spend.tables.measures import selected
-from krea_dagster.spend.tables.sql import DuckDB, Parts, quoted, units_of
+from krea_dagster.spend.tables.sql import DuckDB, Parts, at_purchase, quoted, units_of
 from krea_dagster.spend.tables.views import PARTITION, PARTITION_SQL, SpendTables, Table
 from krea_dagster.spend.text import unique_names
 
@@ -125,7 +125,10 @@ def open_tables(
     further: dict[str, Table] = {}
     if prompts is not None:
         further["prompts"] = _prompts(prompts, prompts_options)
-    return stored_tables(storage, manifest=manifest).open(zone=zone, **further)
+    duck = stored_tables(storage, manifest=manifest).open(zone=zone, **further)
+    if manifest:
+        create_attribution_view(duck)
+    return duck
 
 
 def run_query(duck: DuckDB, query: str) -> pa.Table:
@@ -183,37 +186,90 @@ def _grouping(duck: DuckDB, by: Sequence[str]) -> tuple[str, list[str]]:
     ledger = _columns(duck, "ledger")
     if not set(by) - MADE.keys() - set(ledger):
         return "ledger", [MADE.get(name) or quoted(name) for name in by]
-    of_table = columns_of_table(duck)
-    names, further = [], []
+    recorded, today = recorded_columns(duck), _columns(duck, "manifest")
+    of_table = columns_of_table(recorded, today, ledger)
+    names, further = [], set()
     for name in by:
         if name in MADE or name in ledger:
             names.append(MADE.get(name) or quoted(name))
             continue
-        column = of_table.get(name)
-        if column is None:
+        if name not in of_table:
             raise ConfigError(
                 f"cannot sum by {name!r}: no such column; there are "
                 f"{', '.join([*MADE, *ledger, *of_table])}"
             )
-        further.append(column)
-        names.append(f"today.{quoted(column)}")
-    return _with_columns(list(dict.fromkeys(further))), names
+        column = of_table[name]
+        now = f"today.{quoted(column)}" if column in today else "NULL"
+        further |= {column} & {*today}
+        has, then = at_purchase(column)
+        names.append(f"if({has}, {then}, {now})" if column in recorded else now)
+    return _with_today(sorted(further)) if further else "ledger", names
 
 
-def columns_of_table(duck: DuckDB) -> dict[str, str]:
-    """Return the columns of the manifests by the name under which they are summed.
+def columns_of_table(
+    recorded: Iterable[str], today: Iterable[str], ledger: Iterable[str]
+) -> dict[str, str]:
+    """Return the columns of the prompt tables by the names under which they are summed.
 
-    It is their own, or starts with ``prompt_`` where the ledger, or a computed column, has that.
+    ``recorded`` are those that purchases were written with, ``today`` those of the manifests. A
+    name is the column's own, or starts with ``prompt_`` where the ledger, or a computed column, has
+    the same.
     """
-    taken = {*MADE, *_columns(duck, "ledger")}
-    found = [name for name in _columns(duck, "manifest") if name not in MANIFEST_SCHEMA.names]
-    own = {name: name for name in found if name not in taken}
-    prefixed = {f"{OF_PROMPTS}{name}": name for name in found if name in taken}
+    taken = {*MADE, *ledger}
     requested = [name for name in MANIFEST_SCHEMA.names if name not in taken]
+    found = dict.fromkeys(
+        [*recorded, *(name for name in today if name not in MANIFEST_SCHEMA.names)]
+    )
+    prefixed = {f"{OF_PROMPTS}{name}": name for name in found if name in taken}
+    own = {name: name for name in found if name not in taken}
     return {**{name: name for name in requested}, **prefixed, **own}
 
 
-def _with_columns(names: Sequence[str]) -> str:
+def recorded_columns(duck: DuckDB) -> list[str]:
+    """Return the columns whose values some purchase was written with."""
+    found = duck.sql(
+        "SELECT DISTINCT unnest(json_keys(attributes)) AS name FROM ("
+        "SELECT DISTINCT attributes FROM ledger WHERE attributes IS NOT NULL) ORDER BY name"
+    )
+    return [row[0] for row in found.fetchall()]
+
+
+def from_today(duck: DuckDB, by: Sequence[str]) -> dict[str, int]:
+    """Return for each column of the prompt table how many purchases were not written with it.
+
+    These are summed by the table as it is today.
+    """
+    ledger = _columns(duck, "ledger")
+    of_table = columns_of_table(recorded_columns(duck), _columns(duck, "manifest"), ledger)
+    found = {}
+    for name in by:
+        if name in of_table and name not in MADE and name not in ledger:
+            has, _ = at_purchase(of_table[name])
+            ((count,),) = duck.sql(f"SELECT count(*) FROM ledger WHERE NOT {has}").fetchall()
+            found[name] = int(count)
+    return found
+
+
+def create_attribution_view(duck: DuckDB) -> None:
+    """Create the view ``attribution``: what each purchase was made for, and today's table with it.
+
+    A column that purchases were written with is there as it was then, and as ``today_NAME``.
+    """
+    today = _columns(duck, "manifest")
+    recorded = recorded_columns(duck)
+    names = [name for name in recorded if name in today]
+    columns = [(name, name) for name in ("idempotency_key", "prompt_id", "sample", "attribution")]
+    for name in recorded:
+        now = f"today.{quoted(name)}" if name in today else "NULL"
+        columns += [(at_purchase(name)[1], name), (now, f"today_{name}")]
+    shown = unique_names(name for _, name in columns)
+    pairs = zip((sql for sql, _ in columns), shown, strict=True)
+    selected_columns = ", ".join(f"{sql} AS {quoted(name)}" for sql, name in pairs)
+    source = _with_today(names) if names else "ledger"
+    duck.execute(f"CREATE VIEW attribution AS SELECT {selected_columns} FROM {source}")
+
+
+def _with_today(names: Sequence[str]) -> str:
     """Return the ledger with columns of the manifest, as the row ``today``.
 
     They are those of the row that requests the image: tables that share a journal may have rows of

@@ -21,6 +21,20 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def text_literal(text: str) -> str:
+    """Return any text as a literal of DuckDB."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def at_purchase(name: str) -> tuple[str, str]:
+    """Return whether ``attributes`` has a column, and its value then, as expressions."""
+    pointer = text_literal("/" + name.replace("~", "~0").replace("/", "~1"))
+    return (
+        f"coalesce(json_exists(attributes, {pointer}), false)",
+        f"json_extract_string(attributes, {pointer})",
+    )
+
+
 def units_of(credits: Decimal | None) -> int:
     """Return credits of the tables in units; 0 for null."""
     return 0 if credits is None else int(credits.scaleb(4))

@@ -15,7 +15,7 @@ updates end in the same bytes as one large one. The months to make are
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -36,6 +36,7 @@ from krea_dagster.engine.journal.purchase_reads import (
     PurchaseTotals,
     changed_since,
     events_since,
+    load_attribution,
     month_of,
     newest_event,
     purchases,
@@ -51,7 +52,9 @@ from krea_dagster.spend.tables.daily import (
     failures_table,
 )
 from krea_dagster.spend.tables.ledger import (
+    IS_REPLACED,
     LEDGER_SCHEMA,
+    attributed,
     exact_rate,
     make_month,
     month_table,
@@ -112,6 +115,8 @@ def update_spend(
                 changed = changed_since(connection, since_us)
         load_listed(duck, storage, connection, by)
         load_reviewed(duck, connection)
+        for name, rows in load_attribution(connection).items():
+            duck.from_arrow(rows).create(name)
         stale = {month for month in totals if _is_stale(storage, state, month, totals[month])}
         touched = (changed & totals.keys()) | stale
         labels = _labels(duck, storage, sorted(totals.keys() - touched), by)
@@ -121,7 +126,7 @@ def update_spend(
             spool.fill(purchases(connection, None if touched == totals.keys() else touched))
         for month in sorted(touched):
             duck.register("raw", spool.reader(month))
-            make_month(duck, "raw")
+            make_month(duck, "raw", by)
             duck.unregister("raw")
             labels[month] = _write_month(duck, storage, month, by, rate)
         removed = _remove_others(storage, totals.keys())
@@ -161,15 +166,19 @@ def _labels(
         "ledger",
         f"""
         SELECT month, bool_or(
-                ledger.prompt_id IS DISTINCT FROM listed.prompt_id
-                OR ledger.sample IS DISTINCT FROM listed.sample
+                ledger.attribution IS DISTINCT FROM 'purchase' AND (
+                    ledger.prompt_id IS DISTINCT FROM listed.prompt_id
+                    OR ledger.sample IS DISTINCT FROM listed.sample)
                 OR ledger.rows <> coalesce(listed.rows, 0)
-                OR (ledger.outcome = 'replaced') <> (coalesce(replaced, false)
-                    AND ledger.outcome IN ('delivered', 'replaced'))
+                OR (ledger.outcome = 'replaced') <> (ledger.outcome IN ('delivered', 'replaced')
+                    AND {IS_REPLACED.replace("stated.", "ledger.")})
                 OR ledger.verdict IS DISTINCT FROM
                     if(ledger.outcome IN ('delivered', 'replaced'), reviewed.verdict, NULL)),
-            {_hash(by)}
+            {_hash(map(attributed, by))}
         FROM ledger LEFT JOIN listed USING (request_key) LEFT JOIN reviewed USING (request_key)
+            LEFT JOIN later ON later.table_id = ledger.table_id
+                AND later.prompt_id = ledger.prompt_id AND later.sample = ledger.sample
+                AND ledger.attribution = 'purchase'
         GROUP BY month
         """,
     )
@@ -177,12 +186,14 @@ def _labels(
 
 
 _WRONG: Final = "wrong"
+_COMPARED: Final = (
+    *("request_key", "table_id", "prompt_id", "sample", "attribution", "attempt", "rows"),
+    *("outcome", "verdict", "attributes"),
+)
 _LEDGER_COLUMNS: Final = pa.schema(
     [
         ("month", pa.string()),
-        *(LEDGER_SCHEMA.field(name) for name in ("request_key", "prompt_id", "sample", "rows")),
-        LEDGER_SCHEMA.field("outcome"),
-        LEDGER_SCHEMA.field("verdict"),
+        *(LEDGER_SCHEMA.field(name) for name in _COMPARED),
     ]
 )
 
@@ -195,11 +206,12 @@ def _ledger_rows(storage: Storage, months: Sequence[str]) -> Iterator[pa.RecordB
                 yield pa.RecordBatch.from_arrays([named, *batch.columns], schema=_LEDGER_COLUMNS)
 
 
-def _hash(by: Sequence[str]) -> str:
-    """Return the expression for a hash of the columns ``by`` of all purchases, as text."""
-    if not by:
+def _hash(columns: Iterable[str]) -> str:
+    """Return the expression for a hash of these columns of all purchases, as text."""
+    names = ", ".join(columns)
+    if not names:
         return "any_value('')"
-    names = ", ".join(["request_key", *map(quoted, by)])
+    names = f"request_key, {names}"
     return f"CAST(sum(CAST(hash({names}) AS HUGEINT)) AS VARCHAR)"
 
 
@@ -218,7 +230,7 @@ def _write_month(
     }
     for table, (kind, rows) in parts.items():
         write_table(storage, table_name(table, month), kind, rows)
-    ((label,),) = duck.execute(f"SELECT {_hash(by)} FROM month").fetchall()
+    ((label,),) = duck.execute(f"SELECT {_hash(map(quoted, by))} FROM month").fetchall()
     return str(label)
 
 

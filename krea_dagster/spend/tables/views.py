@@ -5,6 +5,7 @@
 | ``ledger`` | a purchase |
 | ``daily`` | the measures of a UTC day, partition, table, quality, size, and the user's columns |
 | ``failures`` | the purchases without an image of a UTC day, partition, quality, error code |
+| ``attribution`` | a purchase: what it was made for, and the same columns in today's table |
 | ``manifest`` | a row of the manifests, with the prompt table's columns as they are today |
 | ``prompts`` | a row of the prompt table |
 | ``spend_by_day`` | the measures of a day |
