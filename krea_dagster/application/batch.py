@@ -313,18 +313,14 @@ class Batch:
             return replace(state, held=self.held, outside=self.outside)
         if not backend.has_journal():
             nothing = NO_KNOWN_REQUESTS.of(self.plan.all_digests)
-            return PlanState(
-                self.plan, *nothing, columns, attributes, self.held, self.outside
-            )
+            return PlanState(self.plan, *nothing, columns, attributes, self.held, self.outside)
         found = None if self._look is None else self._look.take()
         with backend.open_journal() as journal:
             if found is None:
                 found = known_requests(journal, backend.open_storage(), self.plan.all_digests)
             table_id = backend.table_id(journal, self.table)
         known = found.of(self.plan.all_digests)
-        return PlanState(
-            self.plan, *known, columns, attributes, self.held, self.outside, table_id
-        )
+        return PlanState(self.plan, *known, columns, attributes, self.held, self.outside, table_id)
 
     def manifest_parts(
         self, key: str, backend: Backend, journal: Journal, run_id: str

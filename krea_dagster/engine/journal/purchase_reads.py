@@ -23,7 +23,6 @@ from sqlalchemy import (
     func,
     or_,
     select,
-    text,
     type_coerce,
 )
 
@@ -208,8 +207,7 @@ def load_attribution(connection: Connection) -> dict[str, pa.Table]:
         )
         .join(requests, submissions.c.request_key == requests.c.request_key)
         .where(
-            # As in the index, whose condition has no parameter.
-            text("requests.attempt > 0"),
+            requests.c.attempt > 0,
             requests.c.state == State.STORED.value,
             submissions.c.prompt_id.is_not(None),
         )

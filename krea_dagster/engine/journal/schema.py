@@ -224,12 +224,7 @@ requests: Final = Table(
     Index("ix_requests_state", "state"),
     Index("ix_requests_claimed_by", "claimed_by"),
     Index("ix_requests_updated_at", "updated_at"),
-    Index(
-        "ix_requests_raised",
-        "attempt",
-        sqlite_where=text("attempt > 0"),
-        postgresql_where=text("attempt > 0"),
-    ),
+    Index("ix_requests_attempt", "attempt"),
 )
 
 #: What purchases were made for: values of the columns that the user names, as a JSON object. The

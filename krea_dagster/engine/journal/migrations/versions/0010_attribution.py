@@ -31,7 +31,4 @@ def upgrade() -> None:
     op.add_column("submissions", sa.Column("prompt_id", sa.Text(), nullable=True))
     op.add_column("submissions", sa.Column("sample", sa.Integer(), nullable=True))
     op.add_column("submissions", sa.Column("attribution_id", sa.BigInteger(), nullable=True))
-    raised = sa.text("attempt > 0")
-    op.create_index(
-        "ix_requests_raised", "requests", ["attempt"], sqlite_where=raised, postgresql_where=raised
-    )
+    op.create_index("ix_requests_attempt", "requests", ["attempt"])
