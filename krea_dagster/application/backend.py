@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from krea_dagster import file_locks
@@ -132,7 +133,12 @@ class Backend:
         name = identity_of(*_named(table), storage, root_id)
 
         def is_gone(path: str) -> bool:
-            return storage.folder is not None and not (storage.folder / path).exists()
+            """Return whether a table is no more, or was this one before the root moved."""
+            if storage.folder is not None:
+                named = (storage.folder / path).absolute()
+                return named == Path(table.place).absolute() or not named.exists()
+            # In a store, the names are absolute: this one is from when the root was a folder.
+            return not Path(path).is_absolute() and Path(path).name == Path(table.place).name
 
         seen = journal.tables.enter if enter else journal.tables.find
         return seen(*name, is_gone=is_gone)

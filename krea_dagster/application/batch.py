@@ -212,16 +212,17 @@ class Batch:
         else:
             samples = rows.samples(self.plan, None)
         if not options.new_seed:
-            self._refuse_fixed(samples)
+            self._refuse_fixed(samples, _gone_for_good(backend))
         return samples
 
-    def _refuse_fixed(self, samples: Sequence[Sample]) -> None:
-        """Refuse to buy the same image again: the table fixes its seed."""
+    def _refuse_fixed(self, samples: Sequence[Sample], gone: Collection[str]) -> None:
+        """Refuse to buy the same image again, unless it is ``gone``: the table fixes its seed."""
         names = {prompt_id for prompt_id, _ in samples}
         for image in self.plan.named(names):
             request = image.request
             drawn = drawn_seed(image.prompt_id, image.sample, request.attempt)
-            if (image.prompt_id, image.sample) in samples and request.seed != drawn:
+            fixed = request.seed != drawn and request.request_key not in gone
+            if (image.prompt_id, image.sample) in samples and fixed:
                 raise ConfigError(
                     f"the prompt table fixes the seed of row {image.prompt_id!r}: another image of "
                     "it would be the same image, paid for twice. Nothing was bought. Use "
@@ -388,6 +389,14 @@ def _texts_of(images: pa.RecordBatch, name: str) -> list[str | None]:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # a list or a struct
         texts = [None if value is None else str(value) for value in column.to_pylist()]
     return texts
+
+
+def _gone_for_good(backend: Backend) -> frozenset[str]:
+    """Return the requests whose file was pruned, and not because it was rejected."""
+    if not backend.has_journal():
+        return frozenset()
+    with backend.open_journal() as journal:
+        return frozenset(journal.pruned.keys(without="rejected").to_pylist())
 
 
 def has_begun(table: PromptTable, key: str, now: datetime) -> bool:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field
 
+from krea_dagster.arrow import as_array
 from krea_dagster.engine.journal.bulk_reads import record_columns
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.resolution import Resolution, parse_resolution
@@ -19,8 +20,10 @@ from krea_dagster.errors import ConfigError
 from krea_dagster.prompts import PLAN_SCHEMA, Plan
 from krea_dagster.prompts.trial import Trial
 
-#: Selects all rows whose image a person has rejected; ``error:`` is the prefix of an error code.
+#: Select all rows whose image a person has rejected, or whose file was pruned; ``error:`` is the
+#: prefix of an error code.
 REJECTED_ROWS: Final = "rejected"
+PRUNED_ROWS: Final = "pruned"
 _CODE: Final = "error:"
 _FILE: Final = "@"
 
@@ -52,7 +55,8 @@ class BuyOptions(BaseModel):
         default=[],
         description=(
             "Rows of which another image is bought: prompt_ids; error:CODE for rows that failed "
-            "with that code; rejected for rows whose image a person has rejected. Their attempt "
+            "with that code; rejected for rows whose image a person has rejected; pruned for rows "
+            "whose image was pruned and not rejected. Their attempt "
             "is raised by one, and with it the seed, unless the table fixes it. The old images "
             "stay in the journal. If the run is interrupted, the same request continues it and "
             "buys no second image."
@@ -125,20 +129,22 @@ class BuyOptions(BaseModel):
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Rows to regenerate: by prompt_id, by error code, or the rejected ones."""
+    """Rows to regenerate: by prompt_id, by error code, or the rejected or pruned ones."""
 
     prompt_ids: frozenset[str] = frozenset()
     error_codes: frozenset[str] = frozenset()
     rejected: bool = False
+    pruned: bool = False
 
     @classmethod
     def parse(cls, texts: Sequence[str]) -> RowSelection:
-        """Read ``PROMPT_ID``, ``rejected``, and ``error:CODE``."""
+        """Read ``PROMPT_ID``, ``rejected``, ``pruned``, and ``error:CODE``."""
         codes = [text for text in texts if text.startswith(_CODE)]
         return cls(
-            prompt_ids=frozenset(texts) - {REJECTED_ROWS, *codes},
+            prompt_ids=frozenset(texts) - {REJECTED_ROWS, PRUNED_ROWS, *codes},
             error_codes=frozenset(text.removeprefix(_CODE) for text in codes),
             rejected=REJECTED_ROWS in texts,
+            pruned=PRUNED_ROWS in texts,
         )
 
     def without_row(self, plan: Plan) -> list[str]:
@@ -152,6 +158,7 @@ class RowSelection:
         """
         words = [_CODE + code for code in self.error_codes]
         words += [REJECTED_ROWS] if self.rejected else []
+        words += [PRUNED_ROWS] if self.pruned else []
         if doubled := [image.prompt_id for image in plan.named(words) if image.prompt_id in words]:
             raise ConfigError(
                 f"--again {doubled[0]} is ambiguous: a row has this prompt_id, and it is a "
@@ -172,18 +179,21 @@ class RowSelection:
         if self.rejected:
             verdicts = journal.verdicts.current()
             rejected = {sha for sha, one in verdicts.items() if one.verdict == REJECT}
+        # Of rejected images the row is among the rejected ones.
+        pruned = journal.pruned.keys(without=REJECTED_ROWS)
+        pruned = pruned if self.pruned else pruned.slice(0, 0)
         codes = pa.array(sorted(self.error_codes), pa.string())
         shas = pa.array(sorted(rejected), pa.string())
         for key in plan.keys:
             for batch in plan.batches(key):
-                records = record_columns(
-                    journal, _column(batch, "request_key"), ("error_code", "image_sha256")
-                )
+                keys = _column(batch, "request_key")
+                records = record_columns(journal, keys, ("error_code", "image_sha256"))
                 mask = pc.or_(
                     pc.is_in(records["error_code"], value_set=codes),
                     pc.is_in(records["image_sha256"], value_set=shas),
                 )
-                chosen = batch.filter(mask.combine_chunks())
+                mask = pc.or_(as_array(mask), pc.is_in(keys, value_set=pruned))
+                chosen = batch.filter(mask)
                 ids, samples = _column(chosen, "prompt_id"), _column(chosen, "sample")
                 found += zip(ids.to_pylist(), samples.to_pylist(), strict=True)
         return found

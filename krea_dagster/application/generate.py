@@ -9,9 +9,11 @@ import pyarrow as pa
 
 from krea_dagster.application.backend import Backend
 from krea_dagster.application.batch import Batch
+from krea_dagster.application.present_partitions import origin_of
 from krea_dagster.application.purchase import buy
 from krea_dagster.engine.journal.prompt_table_log import GENERATED
 from krea_dagster.engine.run.report import Progress
+from krea_dagster.manifest import add_rows
 from krea_dagster.prompts import Defaults, PromptTable, parse_partition_by
 from krea_dagster.prompts.sources import Given
 from krea_dagster.prompts.values import stream_of
@@ -70,9 +72,11 @@ def generate(
             reused_rows=int(state.intact.sum()),
             on_progress=on_progress,
         )
-        if report.stopped is not None:
-            raise report.stopped
         with backend.open_journal() as journal:
             parts = list(batch.manifest_parts(name, backend, journal, run_id))
         found = pa.concat_tables(parts) if parts else batch.manifest_schema.empty_table()
-        return found.drop_columns(list(_ALL.columns))
+        found = found.drop_columns(list(_ALL.columns))
+        add_rows(backend.open_storage(), f"{GENERATED}{name}", found, origin_of(backend, table))
+        if report.stopped is not None:
+            raise report.stopped
+        return found

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from krea_dagster.application.buy_options import BuyOptions
     from krea_dagster.application.curation import Curated, Curation
+    from krea_dagster.application.pruning import PrunedImages
     from krea_dagster.application.quotes import Quoted
     from krea_dagster.application.run import Ran
     from krea_dagster.application.spend import Spend
@@ -531,8 +532,12 @@ class Krea(Backend):
 
     def accept_root(self) -> str:
         """Accept the storage root as it is; returns a sentence on what that means."""
+        from krea_dagster.application.pruning import take_back
+
         with self.open_journal() as journal:
-            return journal.roots.accept(self.open_storage())
+            said = journal.roots.accept(self.open_storage())
+            back = take_back(journal, self.open_storage())
+        return f"{said}; {back} that were pruned are there again" if back else said
 
     def accept_key(self, same_as: str = "") -> str:
         """Declare that the API key belongs to the account of the journal's purchases."""
@@ -559,7 +564,49 @@ class Krea(Backend):
             "purchases at that price are settled"
         )
 
-    # -- the journal's size ----------------------------------------------------------------------
+    # -- the size of root and journal ------------------------------------------------------------
+
+    def prune(
+        self,
+        *,
+        rejected: bool = False,
+        replaced: bool = False,
+        unlisted: bool = False,
+        dry_run: bool = True,
+        table: PromptTable | None = None,
+    ) -> PrunedImages:
+        """Remove the files of images that nothing needs; the journal keeps all else of them.
+
+        They are neither fetched nor bought again, also if a row requests one of them later:
+        ``BuyOptions(regenerate=["pruned"])`` buys another image of such rows.
+
+        Args:
+            rejected: Those whose last verdict is reject.
+            replaced: Those of changed rows and of earlier attempts, whose successor is stored.
+            unlisted: Those of rows that left the table.
+            dry_run: Only say what would be removed.
+            table: The prompt table whose rows are asked; that of the settings by default. Images of
+                other tables are left alone, unless they are rejected.
+
+        Raises:
+            ConfigError: if there is no journal, or nothing is chosen.
+            PromptTableError: if the table has errors; then nothing is removed.
+            JournalError, StorageError: the next call continues.
+        """
+        from krea_dagster.application.pruning import prune_images
+
+        chosen = {"rejected": rejected, "replaced": replaced, "unlisted": unlisted}
+        wanted = frozenset(name for name, is_chosen in chosen.items() if is_chosen)
+        return prune_images(self, wanted, table=table or self._table_if_any(), dry_run=dry_run)
+
+    def _table_if_any(self) -> PromptTable | None:
+        """Return the settings' prompt table; None without one, or if its path is not there."""
+        settings = self.settings
+        if not isinstance(settings, Settings):
+            return None
+        table = self.table()
+        gone = "://" not in settings.prompts and not Path(settings.prompts).exists()
+        return None if gone else table
 
     def prune_events(self, older_than: timedelta) -> Pruned:
         """Remove the events that no account needs of images stored long ago, and their callbacks.

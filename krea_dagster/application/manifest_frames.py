@@ -15,7 +15,7 @@ from PIL import Image
 from krea_dagster import redact
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
-from krea_dagster.manifest import manifest_paths, no_column, read_manifests
+from krea_dagster.manifest import IMAGE_NAME, manifest_paths, no_column, read_manifests
 
 #: Default maximum number of images to load: about 1.5 GB of 1K images.
 MOST_IMAGES: Final = 1_000
@@ -116,7 +116,7 @@ def load(
     if selection.images is None and shape == "polars.LazyFrame":
         paths = manifest_paths(storage, partition_keys, folders)
         if paths:  # on disk: Polars reads only what the query needs, when it is collected
-            return _scanned(paths, columns)
+            return _scanned(paths, columns, storage)
     table = read_manifests(storage, partition_keys, columns, folders)
     if selection.images is None:
         return _shaped(table, shape)
@@ -136,7 +136,7 @@ def load(
     return _shaped(table.append_column(IMAGE_COLUMN, pa.array(contents, pa.large_binary())), shape)
 
 
-def _scanned(paths: Sequence[str], columns: Sequence[str] | None) -> Any:
+def _scanned(paths: Sequence[str], columns: Sequence[str] | None, storage: Storage) -> Any:
     """Return a LazyFrame over files on disk; columns that a file lacks are null."""
     polars = importlib.import_module("polars")
     frames = [polars.scan_parquet(path, glob=False) for path in paths]
@@ -145,6 +145,10 @@ def _scanned(paths: Sequence[str], columns: Sequence[str] | None) -> Any:
         if name not in names:
             raise no_column(name, names)
     frame = polars.concat(frames, how="diagonal_relaxed")
+    if "image_path" in names:  # under the present place of the root
+        place = polars.col("image_path")
+        root = storage.locate("").rstrip("/").replace("$", "$$")
+        frame = frame.with_columns(place.str.replace(f"^.*({IMAGE_NAME})", root + "${1}"))
     return frame if columns is None else frame.select(list(columns))
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from krea_dagster.application.backend import Backend
 from krea_dagster.application.batch import Batch, PlanState, has_begun
+from krea_dagster.application.pruning import pruned_note, pruned_rows
 from krea_dagster.digests import Mask, first_of_each
 from krea_dagster.engine.budget import CREDITS_PER_USD, Caps, Commitment
 from krea_dagster.engine.journal.journal import Journal
@@ -32,7 +33,8 @@ class Quoted:
     """A quote of partitions. ``waiting`` are those that have not begun and are left out.
 
     ``trial`` are the rows that it is of, if it is not of all; ``notes`` say what is not a problem
-    of the table and perhaps not expected.
+    of the table and perhaps not expected. ``pruned`` rows have an image whose
+    file was pruned, and is not bought again.
     """
 
     quote: Quote
@@ -40,6 +42,7 @@ class Quoted:
     waiting: Sequence[str]
     trial: TrialRows | None = None
     notes: Sequence[str] = ()
+    pruned: int = 0
 
     @property
     def total(self) -> QuoteLine:
@@ -72,7 +75,9 @@ def quote_partitions(
     with Batch.read(table, chosen, backend, look=True, trial=trial) as batch:
         quoted = quote_images(backend, batch.state(backend), credits_per_usd=credits_per_usd)
         waiting = [key for key in in_table if key not in known]
-        return Quoted(quoted, chosen, waiting, batch.trial_rows, batch.notes)
+        pruned = pruned_rows(backend, batch.plan.all_digests)
+        notes = [*batch.notes, *([pruned_note(pruned)] if pruned else [])]
+        return Quoted(quoted, chosen, waiting, batch.trial_rows, notes, pruned)
 
 
 def quote_images(

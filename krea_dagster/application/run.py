@@ -12,6 +12,7 @@ from krea_dagster.application.buy_options import BuyOptions
 from krea_dagster.application.curation import Curation
 from krea_dagster.application.manifest_summary import ManifestSummary
 from krea_dagster.application.present_partitions import origin_of, retire_departed
+from krea_dagster.application.pruning import pruned_rows
 from krea_dagster.application.purchase import buy
 from krea_dagster.application.quota import QuotaState, apply_quota
 from krea_dagster.engine.journal.attribution_log import Buyer
@@ -23,11 +24,15 @@ from krea_dagster.prompts import PromptTable
 
 @dataclass(frozen=True)
 class Ran:
-    """The result of a run: the engine's report, a summary of the manifests, and their paths."""
+    """The result of a run: the engine's report, a summary of the manifests, and their paths.
+
+    ``pruned`` is the number of rows whose image was pruned, and was not bought again.
+    """
 
     report: RunReport
     summary: ManifestSummary
     manifests: Sequence[str]
+    pruned: int = 0
 
 
 @contextmanager
@@ -139,7 +144,8 @@ def run(
         for _, summary, path in write_manifests(backend, batch, run_id):
             total += summary
             paths.append(path)
-    return Ran(report, total, paths)
+        pruned = pruned_rows(backend, batch.plan.all_digests)
+    return Ran(report, total, paths, pruned)
 
 
 def check_options(backend: Backend, batch: Batch, options: BuyOptions) -> None:

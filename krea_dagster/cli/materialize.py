@@ -45,8 +45,9 @@ SAMPLE: Final = "sample_prompts.parquet"
     metavar="ROWS",
     help=(
         "Buy another image of a row: its attempt is raised, the old image stays. ROWS is a "
-        "prompt_id, @FILE (one prompt_id per line), error:CODE (rows that failed with it), or "
-        "rejected (rows whose image was rejected in the review). If the run is killed, the same "
+        "prompt_id, @FILE (one prompt_id per line), error:CODE (rows that failed with it), "
+        "rejected (rows whose image was rejected in the review), or pruned (rows whose image was "
+        "pruned). If the run is killed, the same "
         "command continues it and buys no second image."
     ),
 )

@@ -153,6 +153,7 @@ def quote_figures(quoted: Quoted) -> dict[str, Any]:
         "waiting": list(quoted.waiting),
         "trial": trial_figures(quoted.trial),
         "notes": list(quoted.notes),
+        "pruned": quoted.pruned,
     }
 
 

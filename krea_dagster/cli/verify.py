@@ -67,7 +67,11 @@ def show_proof(proof: Proof) -> None:
         ("requests", f"{figures.requests}, by {figures.events} events"),
         ("charges", f"{figures.charges} of {credits_text(figures.charged_units)} credits"),
         ("tasks", str(figures.tasks)),
-        ("files", f"{figures.files}, {figures.files_hashed} of them read again"),
+        (
+            "files",
+            f"{figures.files}, {figures.files_hashed} of them read again"
+            + (f"; {figures.pruned} pruned" if figures.pruned else ""),
+        ),
         ("manifest rows", f"{figures.rows_agreeing} of {figures.rows} agree"),
         (
             "at stake",
@@ -120,6 +124,7 @@ def proof_figures(proof: Proof) -> dict[str, Any]:
         "files": figures.files,
         "files_hashed": figures.files_hashed,
         "bytes_hashed": figures.bytes_hashed,
+        "files_pruned": figures.pruned,
         "manifest_rows": figures.rows,
         "manifest_rows_agreeing": figures.rows_agreeing,
         "credits_charged": credits_from_units(figures.charged_units),

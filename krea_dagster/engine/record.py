@@ -12,6 +12,10 @@ from krea_dagster.models import ImageRequest
 #: The accepted formats of images, and the endings of their files.
 FORMATS: Final = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "AVIF": "avif"}
 
+#: The ``error_code`` and the ``error_message`` in a manifest of an image whose file was pruned.
+PRUNED: Final = "pruned"
+PRUNED_MESSAGE: Final = "its file was pruned"
+
 
 @dataclass(frozen=True)
 class StoredImage:

@@ -7,7 +7,7 @@ from krea_dagster.manifest.build import (
     manifest_table,
 )
 from krea_dagster.manifest.earlier import earlier_rows
-from krea_dagster.manifest.earlier_images import SUCCESSOR, earlier_images
+from krea_dagster.manifest.earlier_images import SUCCESSOR, earlier_images, present_rows
 from krea_dagster.manifest.files import (
     has_manifest,
     manifest_name,
@@ -22,16 +22,28 @@ from krea_dagster.manifest.files import (
     write_manifest,
     write_manifest_parts,
 )
-from krea_dagster.manifest.present import Origin, present_manifests, retire_manifests
+from krea_dagster.manifest.grown import add_rows
+from krea_dagster.manifest.locations import IMAGE_NAME
+from krea_dagster.manifest.present import (
+    Origin,
+    accepted_requests,
+    present_manifests,
+    retire_manifests,
+    rows_with_requests,
+    without_files,
+)
 from krea_dagster.manifest.schema import DESCRIPTIONS, MANIFEST_SCHEMA
 from krea_dagster.manifest.spool import Manifests
 
 __all__ = [
     "DESCRIPTIONS",
+    "IMAGE_NAME",
     "MANIFEST_SCHEMA",
     "SUCCESSOR",
     "Manifests",
     "Origin",
+    "accepted_requests",
+    "add_rows",
     "credits_charged",
     "earlier_images",
     "earlier_rows",
@@ -45,11 +57,14 @@ __all__ = [
     "manifest_table",
     "no_column",
     "present_manifests",
+    "present_rows",
     "read_manifests",
     "read_missing",
     "retire_manifests",
+    "rows_with_requests",
     "table_name",
     "table_names",
+    "without_files",
     "write_manifest",
     "write_manifest_parts",
 ]

@@ -27,6 +27,7 @@ def keep_rows_without(storage: Storage, name: str, request_keys: pa.Array) -> No
     """Keep the bought rows of a stored manifest whose request is not one of these.
 
     To be called before the manifest is replaced or removed. One that cannot be read has no rows.
+    The rows also leave the partition's accepted images, so that no export has them.
     """
     try:
         with storage.open(name) as file:
@@ -39,7 +40,8 @@ def keep_rows_without(storage: Storage, name: str, request_keys: pa.Array) -> No
                 pc.invert(pc.is_in(bought["request_key"], value_set=request_keys)),
             )
             if pc.any(leaves).as_py():
-                _keep(storage, _name(name), stored.read().filter(leaves))
+                _keep(storage, _beside(name, FOLDER), stored.read().filter(leaves))
+                _leave(storage, _beside(name, "accepted"), request_keys)
     except (FileNotFoundError, pa.ArrowInvalid):
         return
 
@@ -76,5 +78,17 @@ def _ids(rows: pa.Table) -> pa.Array:
     return pc.binary_join_element_wise(*parts, "\x1f")
 
 
-def _name(manifest: str) -> str:
-    return f"{FOLDER}{manifest.removeprefix('manifest')}"
+def _leave(storage: Storage, name: str, request_keys: pa.Array) -> None:
+    """Remove the rows of a table whose request is not one of these."""
+    try:
+        with storage.open(name) as file:
+            table = pq.read_table(file)
+    except FileNotFoundError:
+        return
+    present = pc.is_in(table["request_key"], value_set=request_keys)
+    if not pc.all(present).as_py():
+        storage.write(name, lambda file: pq.write_table(table.filter(present), file))
+
+
+def _beside(manifest: str, folder: str) -> str:
+    return f"{folder}{manifest.removeprefix('manifest')}"

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from krea_dagster.arrow import as_array
 from krea_dagster.engine.journal.bulk_reads import (
     REQUEST_SCHEMA,
-    keys_in_root,
+    files_in_root,
     record_columns,
 )
 from krea_dagster.engine.journal.journal import Journal
@@ -47,8 +47,8 @@ def earlier_images(storage: Storage, journal: Journal) -> pa.Table:
     sample, or else the same prompt. Raises ConfigError for a manifest that cannot be read, and
     JournalError.
     """
-    present, made_for = _present_rows(storage)
-    stored = keys_in_root(journal, journal.roots.id_of(storage))
+    present, made_for = present_rows(storage)
+    stored = as_array(files_in_root(journal, journal.roots.id_of(storage))["request_key"])
     keys = stored.filter(pc.invert(pc.is_in(stored, value_set=as_array(present["request_key"]))))
     kept = earlier_rows(storage)
     if not len(keys):
@@ -89,8 +89,11 @@ def _requests(journal: Journal, keys: pa.Array) -> Mapping[str, Any]:
     return {name: found[name] for name in found.column_names}
 
 
-def _present_rows(storage: Storage) -> tuple[pa.Table, list[pa.Table]]:
-    """Return the present rows, and the rows of their earlier attempts."""
+def present_rows(storage: Storage) -> tuple[pa.Table, list[pa.Table]]:
+    """Return the present rows, and those of their earlier attempts, with a few columns.
+
+    Raises ConfigError for a manifest that cannot be read.
+    """
     schema = pa.schema([MANIFEST_SCHEMA.field(name) for name in _PRESENT])
     present, earlier = [schema.empty_table()], []
     for name in present_manifests(storage):

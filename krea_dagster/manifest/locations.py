@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from krea_dagster.engine.storage.storage import Storage
 
 #: The name of an image, at the end of its path.
-_NAME: Final = r"/images/[0-9a-f]{2}/[^/]+$"
+IMAGE_NAME: Final = r"/images/[0-9a-f]{2}/[^/]+$"
 
 
 def image_names(storage: Storage, paths: Any) -> Any:
@@ -25,8 +25,8 @@ def image_names(storage: Storage, paths: Any) -> Any:
     root = storage.locate("images").removesuffix("images")
     under = pc.starts_with(paths, root)
     within = pc.utf8_slice_codeunits(paths, len(root))
-    found = pc.match_substring_regex(paths, _NAME)
-    name = pc.replace_substring_regex(paths, f"^.*({_NAME})", r"\1")
+    found = pc.match_substring_regex(paths, IMAGE_NAME)
+    name = pc.replace_substring_regex(paths, f"^.*({IMAGE_NAME})", r"\1")
     name = pc.utf8_slice_codeunits(name, 1)  # without the slash
     return pc.if_else(under, within, pc.if_else(found, name, pa.scalar(None, pa.string())))
 

@@ -7,18 +7,23 @@ the table, or once the table is partitioned in another way.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from krea_dagster.arrow import as_array
+from krea_dagster.engine.record import PRUNED, PRUNED_MESSAGE
 from krea_dagster.engine.storage.storage import STORE_THREADS, Storage
 from krea_dagster.manifest.earlier import keep_rows_without
-from krea_dagster.manifest.files import manifest_name, manifest_names
+from krea_dagster.manifest.files import manifest_name, manifest_names, write_parts
+from krea_dagster.manifest.schema import MANIFEST_SCHEMA
 
 #: The entries of a manifest's metadata.
 _TABLE: Final = b"krea_table"
@@ -65,6 +70,47 @@ class Origin:
 def present_manifests(storage: Storage) -> list[str]:
     """Return the names of the manifests of all prompt tables, sorted."""
     return sorted(name for name in storage.names("manifest") if name.endswith(".parquet"))
+
+
+def accepted_requests(storage: Storage) -> pa.Array:
+    """Return the request keys in the tables of accepted images, of all prompt tables."""
+    keys = [pa.array([], pa.string())]
+    for name in storage.names("accepted"):
+        if name.endswith(".parquet"):
+            with storage.open(name) as file:
+                keys.extend(pq.read_table(file, columns=["request_key"])["request_key"].chunks)
+    return pa.concat_arrays(keys)
+
+
+def rows_with_requests(storage: Storage, request_keys: pa.Array) -> Iterator[pa.Table]:
+    """Yield the rows of present manifests that have one of these requests, file by file."""
+    for name in present_manifests(storage):
+        with storage.open(name) as file:
+            opened = pq.ParquetFile(file)
+            found = opened.read(columns=["request_key"])["request_key"]
+            mask = pc.is_in(found, value_set=request_keys)
+            if pc.any(mask).as_py():
+                table = opened.read(columns=MANIFEST_SCHEMA.names).filter(mask)
+                yield table.replace_schema_metadata(None)
+
+
+def without_files(storage: Storage, request_keys: pa.Array) -> None:
+    """Write the present manifests so that these requests have no file: it was pruned."""
+    for name in present_manifests(storage):
+        with storage.open(name) as file:
+            opened = pq.ParquetFile(file)
+            found = opened.read(columns=["request_key", "image_path"])
+            mask = pc.is_in(found["request_key"], value_set=request_keys)
+            mask = as_array(pc.and_(mask, pc.is_valid(found["image_path"])))
+            table = opened.read() if pc.any(mask).as_py() else None
+        if table is not None:
+            values = {"image_path": None, "error_code": PRUNED, "error_message": PRUNED_MESSAGE}
+            for column, value in values.items():
+                at = table.column_names.index(column)
+                changed = pc.if_else(mask, pa.scalar(value, pa.string()), table[column])
+                table = table.set_column(at, table.schema.field(at), changed)
+            parts = [table]
+            storage.write(name, partial(write_parts, schema=table.schema, parts=parts))
 
 
 def retire_manifests(

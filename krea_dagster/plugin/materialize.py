@@ -18,6 +18,7 @@ from krea_dagster.application.buy_options import BuyOptions
 from krea_dagster.application.finished import is_finished
 from krea_dagster.application.krea import Krea
 from krea_dagster.application.present_partitions import retire_departed
+from krea_dagster.application.pruning import pruned_note, pruned_rows
 from krea_dagster.application.run import check_options
 from krea_dagster.application.run_log import SILENT, Listener
 from krea_dagster.application.settings import Settings
@@ -142,6 +143,7 @@ def materialize(
                         keys = known[known.index(start) : known.index(end) + 1]
                         of_range = _of_range(options, batch, keys)
                         results.append(runs.run(job, instance, range_tags(start, end), of_range))
+        pruned = pruned_rows(krea, batch.plan.all_digests)
         if not partitions:  # also if no partition needed a run
             retire_departed(krea, table)
         missing = read_missing(krea.open_storage(), chosen, MISSING_COLUMNS)
@@ -164,7 +166,10 @@ def materialize(
         price_increases=list(
             dict.fromkeys(text for report in runs.reports for text in report.price_increases)
         ),
-        notes=[text for report in runs.reports for text in (*report.recovered, *report.same_files)],
+        notes=[
+            *(text for report in runs.reports for text in (*report.recovered, *report.same_files)),
+            *([pruned_note(pruned)] if pruned else []),
+        ],
         caps_reached=list(
             dict.fromkeys(text for report in runs.reports for text in report.caps_reached)
         ),

@@ -103,6 +103,18 @@ def test_a_partition_whose_rows_all_left_the_table_is_in_no_view(
     assert texts[0].startswith("p3 (y): 0.45 credits paid")
 
 
+def test_a_row_that_left_its_partition_is_no_longer_among_the_accepted_images(
+    krea: Krea, tmp_path: Path
+) -> None:
+    """Also before images are accepted again, and if no row of the partition is left."""
+    table = cut(krea, "hash:3")
+    krea.run(table)
+    krea.curate()
+    krea.run(replace(without_campaign_y(krea), partition_by=table.partition_by))
+    done = krea.export(ExportSpec(form="jsonl"), str(tmp_path / "accepted"))
+    assert done.summary()["images"] == 2
+
+
 def test_a_run_of_one_partition_leaves_out_what_was_cut_in_another_way(krea: Krea) -> None:
     """The rest is shown again once its partitions are made: no row is ever in two of them."""
     krea.run(cut(krea, "hash:3"))

@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from krea_dagster.arrow import as_array
+from krea_dagster.engine.record import PRUNED
 from krea_dagster.engine.states import State
 from krea_dagster.engine.verdict import FLAG, KEEP, REJECT, Verdict
 from krea_dagster.errors import ConfigError
@@ -35,6 +36,7 @@ from krea_dagster.errors import ConfigError
 #: Why a row is accepted or not. For a measure out of range, the reason is the rule's text.
 ACCEPTED: Final = "accepted"
 NOT_STORED: Final = "not stored"
+FILE_PRUNED: Final = "file pruned"
 REJECTED: Final = "rejected"
 FLAGGED: Final = "flagged"
 NOT_REVIEWED: Final = "not reviewed"
@@ -173,9 +175,9 @@ def verdicts_of(images: pa.Array, verdicts: pa.Table, columns: Sequence[str]) ->
 def judge(rows: pa.Table | pa.RecordBatch, rules: Rules, evidence: Evidence) -> pa.Array:
     """Return for each row why it is accepted or not: a text above, or a rule's.
 
-    ``rows`` hold ``JUDGED``. Of several reasons the first applies: not stored, rejected, flagged, a
-    range, not measured, duplicate, not reviewed. Raises ConfigError where the rules need measures
-    that are not given.
+    ``rows`` hold ``JUDGED``, and ``error_code`` where a file may have been pruned. Of several
+    reasons the first applies: not stored, rejected, pruned, flagged, a range, not measured,
+    duplicate, not reviewed. Raises ConfigError where the rules need measures that are not given.
     """
     images = _column(rows, "image_sha256")
     # A null status means that the request was never planned.
@@ -187,6 +189,9 @@ def judge(rows: pa.Table | pa.RecordBatch, rules: Rules, evidence: Evidence) -> 
         (pc.equal(verdicts, REJECT), REJECTED),
         (pc.equal(verdicts, FLAG), FLAGGED),
     ]
+    if "error_code" in rows.schema.names:
+        pruned = pc.equal(_column(rows, "error_code"), PRUNED)
+        reasons.insert(2, (pc.and_(stored, pruned), FILE_PRUNED))
     if rules.ranges:
         if evidence.measures is None:
             raise ConfigError("the rules need measures, but none were read")

@@ -35,6 +35,7 @@ from krea_dagster.curation.thumbnails import (
     Thumbnails,
     decoded,
 )
+from krea_dagster.engine.record import PRUNED
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
@@ -179,6 +180,8 @@ def _thumbnail(storage: Storage, kept: Thumbnails, row: dict[str, Any], side: in
     if row["status"] != State.STORED.value:
         state = [row["status"], row["error_code"], row["error_message"]]
         return Thumbnail(problem=_short(": ".join(_readable(text) for text in state if text)))
+    if row["error_code"] == PRUNED:
+        return Thumbnail(problem="The file was pruned.")
     if not row["image_path"]:
         return Thumbnail(problem="The manifest has no file name.")
     try:
@@ -229,7 +232,7 @@ def _card(row: dict[str, Any], thumbnail: Thumbnail) -> dict[str, Any]:
         "width": thumbnail.width,
         "height": thumbnail.height,
         "problem": thumbnail.problem,
-        "missing": stored and not image,
+        "missing": stored and not image and row["error_code"] != PRUNED,
         "alt": alt,
         "prompt": prompt,
         "start": start,

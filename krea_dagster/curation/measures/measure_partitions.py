@@ -104,7 +104,8 @@ class _Partition:
             return cls(key, rows, pa.array([], DIGEST))
         stored = pc.equal(rows["status"], State.STORED.value)
         hashed = pc.match_substring_regex(rows["image_sha256"], "^[0-9a-f]{64}$").fill_null(False)
-        rows = rows.filter(pc.and_(stored, hashed))
+        has_file = pc.is_valid(rows["image_path"])  # it was not pruned
+        rows = rows.filter(pc.and_(pc.and_(stored, hashed), has_file))
         sha256 = digests(rows["image_sha256"])
         codes = sha256.dictionary_encode().indices.to_numpy(zero_copy_only=False)
         _, first = np.unique(codes, return_index=True)

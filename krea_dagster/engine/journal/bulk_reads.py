@@ -27,10 +27,11 @@ from krea_dagster.digests import (
     DigestSet,
     Mask,
     digests_from_ascii,
+    digests_from_hex,
     digests_from_joined_hex,
 )
 from krea_dagster.engine.journal.journal import Journal
-from krea_dagster.engine.record import FORMATS
+from krea_dagster.engine.record import FORMATS, PRUNED, PRUNED_MESSAGE
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.listed_sizes import Listing, look_up
 from krea_dagster.engine.storage.storage import Storage
@@ -77,6 +78,13 @@ _SUBMISSION: Final = frozenset(RECORD_SCHEMA.names[RECORD_SCHEMA.get_field_index
 #: Columns that describe the file. They are kept if it is gone, but shown only while it is stored.
 _FILE: Final = frozenset({"image_path", "image_sha256", "image_bytes", "stored_at"})
 
+#: What is shown instead of the columns of an image whose file was pruned.
+_WHERE_PRUNED: Final = {
+    "image_path": "NULL",
+    "error_code": f"'{PRUNED}'",
+    "error_message": f"'{PRUNED_MESSAGE}'",
+}
+
 #: Rows of the journal that are joined into one text.
 _ROWS: Final = 10_000
 
@@ -100,8 +108,8 @@ _Numbers = npt.NDArray[np.int64]
 class KnownRequests:
     """Some requests of a journal, and which of them are intact.
 
-    An image is intact if its file exists under its own name with its size. ``intact`` has the order
-    of ``requests``.
+    An image is intact if its file exists under its own name with its size, or if it was pruned:
+    nothing is left to do for it. ``intact`` has the order of ``requests``.
     """
 
     requests: DigestSet
@@ -129,7 +137,7 @@ def known_requests(journal: Journal, storage: Storage, digests: Digests) -> Know
         return found
     with journal.database.read() as connection:
         requests, known = _look_up(connection, digests), request_count(connection)
-    return KnownRequests(requests, _intact_by_lookup(storage, requests, known))
+    return _known(journal, requests, _intact_by_lookup(storage, requests, known))
 
 
 def all_known_requests(journal: Journal, storage: Storage, number: int) -> KnownRequests | None:
@@ -141,7 +149,14 @@ def all_known_requests(journal: Journal, storage: Storage, number: int) -> Known
         if number * _LOOKUP_COST < request_count(connection):
             return None
         requests = _scan(connection)
-    return KnownRequests(requests, _intact_by_listing(storage, requests))
+    return _known(journal, requests, _intact_by_listing(storage, requests))
+
+
+def _known(journal: Journal, requests: DigestSet, intact: Mask) -> KnownRequests:
+    pruned = journal.pruned.keys()
+    places = requests.find(digests_from_hex(pruned)) if len(pruned) else np.empty(0, np.int64)
+    intact[places[places >= 0]] = True
+    return KnownRequests(requests, intact)
 
 
 def record_columns(
@@ -174,19 +189,35 @@ def record_columns(
     return found.select(list(names)).take(places)
 
 
-def keys_in_root(journal: Journal, root_id: str) -> pa.Array:
-    """Return the keys of the stored requests whose file is in a root, as the journal knows it.
+#: What is read of all files of a root.
+FILE_SCHEMA: Final = pa.schema(
+    [
+        ("request_key", pa.string()),
+        ("table_id", pa.string()),
+        ("image_path", pa.string()),
+        ("image_sha256", pa.string()),
+        ("image_bytes", pa.int64()),
+    ]
+)
+
+
+def files_in_root(journal: Journal, root_id: str) -> pa.Table:
+    """Return the stored images whose file is in a root, as the journal knows it.
 
     Raises JournalError.
     """
+    names = ", ".join(f"requests.{name}" for name in FILE_SCHEMA.names)
     query = (
-        "SELECT requests.request_key FROM requests JOIN files USING (request_key) "
+        f"SELECT {names} FROM requests JOIN files ON files.request_key = requests.request_key "
         "WHERE state = :stored AND root_id = :root AND missing_since IS NULL"
     )
+    tables = [FILE_SCHEMA.empty_table()]
     with journal.database.read() as connection:
         rows = connection.execute(text(query), {"stored": State.STORED.value, "root": root_id})
-        parts = [pa.array([row[0] for row in part], pa.string()) for part in rows.partitions(_ROWS)]
-    return pa.concat_arrays([pa.array([], pa.string()), *parts])
+        for part in rows.partitions(_ROWS):
+            columns = zip(zip(*part, strict=True), FILE_SCHEMA.types, strict=True)
+            tables.append(pa.table([pa.array(*one) for one in columns], schema=FILE_SCHEMA))
+    return pa.concat_tables(tables)
 
 
 # -- the journal ----------------------------------------------------------------------------------
@@ -235,6 +266,11 @@ def _lists(connection: Connection, names: Sequence[str], keys: str) -> list[list
 
 def _value(table: str, name: str) -> str:
     """Return the expression of a column; the file is shown only if it is stored."""
+    if name in _WHERE_PRUNED:
+        pruned = "EXISTS (SELECT 1 FROM pruned_files WHERE request_key = requests.request_key)"
+        there = f"CASE WHEN requests.state = '{State.STORED.value}' THEN requests.image_path END"
+        value = there if name == "image_path" else f"requests.{name}"
+        return f"CASE WHEN {pruned} THEN {_WHERE_PRUNED[name]} ELSE {value} END"
     if name not in _FILE:
         return f"{table}.{name}"
     return f"CASE WHEN requests.state = '{State.STORED.value}' THEN requests.{name} END"

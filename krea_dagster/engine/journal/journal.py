@@ -30,6 +30,7 @@ from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.pace_log import PaceLog
 from krea_dagster.engine.journal.price_log import PriceLog
 from krea_dagster.engine.journal.prompt_table_log import PromptTableLog
+from krea_dagster.engine.journal.pruned_file_log import PrunedFileLog
 from krea_dagster.engine.journal.root_log import RootLog
 from krea_dagster.engine.journal.rows import (
     CHARGES,
@@ -80,6 +81,7 @@ class Journal:
         claims: the runs that are at work, and the requests that they hold.
         paces: the rate limits that runs have learned.
         prices: the prices that EvoLink has reported.
+        pruned: the files that a person had removed.
         roots: the storage roots that contain the images.
         tables: the prompt tables whose runs share the journal.
         verdicts: the verdicts of people on images.
@@ -94,6 +96,7 @@ class Journal:
         self.claims = ClaimLog(database)
         self.paces = PaceLog(database)
         self.prices = PriceLog(database, self.claims)
+        self.pruned = PrunedFileLog(database)
         self.roots = RootLog(database)
         self.tables = PromptTableLog(database)
         self.verdicts = VerdictLog(database)

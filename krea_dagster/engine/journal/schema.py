@@ -301,6 +301,17 @@ files: Final = Table(
     Index("ix_files_root", "root_id", "at"),
 )
 
+#: Files that a person had removed. The request stays stored, and is neither fetched nor bought
+#: again. ``root_id`` is the root that had the file, and ``why`` what was pruned.
+pruned_files: Final = Table(
+    "pruned_files",
+    metadata,
+    Column("request_key", String(64), ForeignKey("requests.request_key"), primary_key=True),
+    Column("root_id", String(32), ForeignKey("roots.root_id"), nullable=False),
+    Column("at", UtcTime, nullable=False),
+    Column("why", String(16), nullable=False),
+)
+
 #: What each scope (run, UTC day, month, partition, budgeted value) has committed and spent: the
 #: sums that caps and budgets are checked against.
 commitments: Final = Table(

@@ -17,6 +17,7 @@ from krea_dagster.application.batch import Batch
 from krea_dagster.application.curation import Curation
 from krea_dagster.application.manifest_summary import ManifestSummary
 from krea_dagster.application.present_partitions import retire_departed
+from krea_dagster.application.pruning import pruned_note, pruned_rows
 from krea_dagster.application.purchase import local_user
 from krea_dagster.application.quota import QuotaState
 from krea_dagster.application.quotes import quote_images
@@ -500,6 +501,8 @@ def _log_before(
 ) -> None:
     for note in batch.notes:
         context.log.warning("%s.", note)
+    if pruned := pruned_rows(krea, batch.plan.all_digests):
+        context.log.info(pruned_note(pruned))
     if quota.outcomes:
         context.log.info(quota.line())
     if krea.settings.emulator:

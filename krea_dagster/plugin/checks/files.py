@@ -25,7 +25,9 @@ from krea_dagster.plugin.checks.sampling import (
     inspect_stored,
 )
 
-_COLUMNS: Final = ("request_key", "status", "image_path", "image_sha256", "image_bytes", "run_id")
+_COLUMNS: Final = (
+    "request_key", "status", "image_path", "image_sha256", "image_bytes", "run_id", "error_code",
+)  # fmt: skip
 
 #: Files that are read at the same time: an object store gains by more, a disk does not.
 _LOCAL_THREADS: Final = 4

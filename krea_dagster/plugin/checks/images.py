@@ -30,7 +30,7 @@ from krea_dagster.plugin.checks.sampling import (
 
 _COLUMNS: Final = (
     "request_key", "status", "size", "quality", "seed", "width", "height", "image_path",
-    "image_sha256", "run_id",
+    "image_sha256", "run_id", "error_code",
 )  # fmt: skip
 
 #: Images that are decoded at the same time; the decoder releases the interpreter lock.

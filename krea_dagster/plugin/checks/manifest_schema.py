@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from krea_dagster.engine.record import PRUNED
 from krea_dagster.engine.states import State
 from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.plugin.checks.findings import RowFindings
@@ -125,7 +126,7 @@ def _check_rows(
 ) -> None:
     names: list[pa.Array] = []
     key: str | None = None
-    for batch in manifests.batches_of(name, ["status", *gaps, *_WHERE_STORED]):
+    for batch in manifests.batches_of(name, ["status", "error_code", *gaps, *_WHERE_STORED]):
         for column in gaps:
             findings.add(batch, pc.is_null(batch.column(column)), f"{column} is null")
         status = batch.column("status")
@@ -136,8 +137,11 @@ def _check_rows(
             lambda row: f"its status {row['status']} is unknown",
         )
         stored = pc.equal(status, State.STORED.value).fill_null(False)
+        pruned = pc.equal(batch.column("error_code"), PRUNED).fill_null(False)
         for column in _WHERE_STORED:
             lacking = pc.and_(stored, pc.is_null(batch.column(column)))
+            if column == "image_path":
+                lacking = pc.and_(lacking, pc.invert(pruned))
             findings.add(batch, lacking, f"{column} is null, but it is stored")
         if batch.num_rows and key is None:
             key = batch.column("partition_key")[0].as_py()

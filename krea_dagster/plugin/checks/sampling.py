@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from krea_dagster.digests import digests_from_hex
+from krea_dagster.engine.record import PRUNED
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.checks.findings import RowFindings
@@ -106,7 +107,9 @@ def inspect_stored(
             return len(rows)
 
         for batch in batches:
-            stored = batch.filter(pc.equal(batch.column("status"), State.STORED.value))
+            pruned = pc.equal(batch.column("error_code"), PRUNED).fill_null(False)
+            is_stored = pc.equal(batch.column("status"), State.STORED.value)
+            stored = batch.filter(pc.and_(is_stored, pc.invert(pruned)))
             stored_count += stored.num_rows
             screened = screen(stored)
             if sample is None:

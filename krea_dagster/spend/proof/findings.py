@@ -73,6 +73,8 @@ class FindingKind(str, Enum):
     NOT_ASKED_ANY_MORE = "not_asked_any_more"
     #: The file of a request that is not stored yet.
     FILE_NOT_ENTERED = "file_not_entered"
+    #: The file of an image that was pruned is there.
+    FILE_PRUNED = "file_pruned"
     #: The account could not be compared.
     ACCOUNT_NOT_COMPARED = "account_not_compared"
 
@@ -88,6 +90,7 @@ _NOTES: Final = frozenset(
         FindingKind.PURCHASE_UNKNOWN,
         FindingKind.NOT_ASKED_ANY_MORE,
         FindingKind.FILE_NOT_ENTERED,
+        FindingKind.FILE_PRUNED,
         FindingKind.ACCOUNT_NOT_COMPARED,
     }
 )
@@ -110,9 +113,10 @@ class ProofFigures:
     """Counts of what was checked, and money in units.
 
     ``charges`` are submissions that cost something, ``tasks`` their distinct tasks. ``files``
-    have the right size, ``files_hashed`` of them also the right hash. ``rows`` are manifest rows,
-    ``rows_agreeing`` those that agree with the journal. ``at_stake_units`` is paid, or may be, and
-    the image is not stored yet; ``lost_units`` is paid, and the image is lost.
+    have the right size, ``files_hashed`` of them also the right hash; ``pruned`` ones were removed
+    by a person. ``rows`` are manifest rows, ``rows_agreeing`` those that agree with the journal.
+    ``at_stake_units`` is paid, or may be, and the image is not stored yet; ``lost_units`` is paid,
+    and the image is lost.
     """
 
     requests: int = 0
@@ -123,6 +127,7 @@ class ProofFigures:
     files: int = 0
     files_hashed: int = 0
     bytes_hashed: int = 0
+    pruned: int = 0
     manifests: int = 0
     rows: int = 0
     rows_agreeing: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -67,11 +67,13 @@ class ListedRows:
         return written is None or since is None or written >= since
 
 
-def compare_rows(storage: Storage, journal: Journal, findings: ProofFindings) -> ListedRows:
+def compare_rows(
+    storage: Storage, journal: Journal, findings: ProofFindings, pruned: Collection[str] = ()
+) -> ListedRows:
     """Compare every manifest under the storage root with the journal.
 
     The journal is read after the rows: where a run changes both meanwhile, a row can be behind the
-    journal, and never ahead.
+    journal, and never ahead. The files of ``pruned`` requests have no path.
     """
     listed = ListedRows()
     if (earlier := earlier_rows(storage, _NAMES)) is not None:
@@ -90,7 +92,7 @@ def compare_rows(storage: Storage, journal: Journal, findings: ProofFindings) ->
                     continue
                 listed.rows_of.setdefault(record.request_key, _row_name(row))
                 listed.agreeing += _compare(
-                    name, row, record, findings, storage=storage, journal=journal
+                    name, row, record, findings, storage=storage, journal=journal, pruned=pruned
                 )
     return listed
 
@@ -141,6 +143,7 @@ def _compare(
     *,
     storage: Storage,
     journal: Journal,
+    pruned: Collection[str],
 ) -> bool:
     image = record.image
     recorded = {
@@ -153,6 +156,8 @@ def _compare(
     listed = {column: row[column] for column in _PROVED}
     if listed["image_path"] is not None:  # as it was when the manifest was written
         listed["image_path"] = storage.name_of(listed["image_path"])
+    elif record.request_key in pruned:
+        recorded["image_path"] = None
     wrong = [column for column in _PROVED if listed[column] != recorded[column]]
     if not wrong:
         return True

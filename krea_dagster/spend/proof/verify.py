@@ -56,8 +56,9 @@ def verify(
     """
     excused = {FindingKind.NOT_LISTED, FindingKind.ROW_BEHIND} if manifests_may_lag else set()
     findings = ProofFindings(frozenset(excused))
-    listed = compare_rows(storage, journal, findings)
-    _compare_files(storage, journal, findings)
+    pruned = frozenset(journal.pruned.keys().to_pylist())
+    listed = compare_rows(storage, journal, findings, pruned)
+    _compare_files(storage, journal, findings, pruned)
     with journal.snapshot() as snapshot, ExitStack() as stack:
         stored = request_count(snapshot.connection)
         checker = FileChecker(storage, hash_bytes=hash_bytes, stored=stored)
@@ -69,6 +70,7 @@ def verify(
             snapshot,
             on_progress,
             generated=journal.tables.generated(),
+            pruned=pruned,
         )
         check.check_requests()
         check.check_sums()
@@ -103,8 +105,10 @@ class _JournalCheck:
         on_progress: Callable[[ProofFigures], None],
         *,
         generated: frozenset[str],
+        pruned: frozenset[str],
     ) -> None:
         self._findings = findings
+        self._pruned = pruned
         self._generated = generated
         self._listed = listed
         self._checker = checker
@@ -148,7 +152,9 @@ class _JournalCheck:
         for charge in charges:
             self._add_up(charge)
         self._check_charges(record, charges, history)
-        if record.state is State.STORED and record.image is not None:
+        if record.request_key in self._pruned:
+            self._count(pruned=1)
+        elif record.state is State.STORED and record.image is not None:
             for found in self._checker.check(record, record.image):
                 self._check_file(*found)
 
@@ -339,7 +345,9 @@ def _replay_trouble(history: RequestEvents) -> str:
     return ""
 
 
-def _compare_files(storage: Storage, journal: Journal, findings: ProofFindings) -> None:
+def _compare_files(
+    storage: Storage, journal: Journal, findings: ProofFindings, pruned: frozenset[str]
+) -> None:
     """Find files under ``images`` that belong to no request. The names are read first."""
     names = (name for name in storage.names("images") if not name.startswith("images/rejected/"))
     for chunk in _chunks(names):
@@ -349,6 +357,13 @@ def _compare_files(storage: Storage, journal: Journal, findings: ProofFindings) 
             record = records.get(key)
             if record is None or (record.image is not None and record.image.path != name):
                 findings.add(FindingKind.FILE_UNKNOWN, f"the file {name} belongs to no request")
+            elif key in pruned:
+                findings.add(
+                    FindingKind.FILE_PRUNED,
+                    f"the file {name} was pruned, and is there: `krea-dagster prune` removes it, "
+                    "`krea-dagster accept root` takes it back",
+                    request_key=key,
+                )
             elif record.image is None:
                 findings.add(
                     FindingKind.FILE_NOT_ENTERED,
