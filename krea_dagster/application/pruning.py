@@ -96,7 +96,7 @@ def prune_images(
         raise ConfigError(f"{storage.shown('')} has no journal yet: there is nothing to prune")
     backend.check_root()
     with backend.open_journal() as journal:
-        chosen = _Images.read(backend, storage, journal, table).choose(storage, wanted)
+        chosen = _RootImages.read(backend, storage, journal, table).choose(storage, wanted)
         before = dict(_sizes(storage))
         root_id = journal.roots.id_of(storage)
         finished = [name for name in journal.pruned.of_root(root_id).values() if name in before]
@@ -165,7 +165,7 @@ class _Chosen:
 
 
 @dataclass(frozen=True)
-class _Images:
+class _RootImages:
     """The stored images of a root, and what is known of each."""
 
     files: pa.Table
@@ -183,7 +183,7 @@ class _Images:
     @classmethod
     def read(
         cls, backend: Backend, storage: Storage, journal: Journal, table: PromptTable | None
-    ) -> _Images:
+    ) -> _RootImages:
         requested, own = None, frozenset[str]()
         if table is not None:
             with backend.plan(table) as plan:
