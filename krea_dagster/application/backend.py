@@ -133,7 +133,7 @@ class Backend:
         name = identity_of(*_named(table), storage, root_id)
 
         def is_gone(path: str) -> bool:
-            """Return whether a table is no more, or was this one before the root moved."""
+            """Return whether a table is gone, or was this one before the root moved."""
             if storage.folder is not None:
                 named = (storage.folder / path).absolute()
                 return named == Path(table.place).absolute() or not named.exists()
