@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from krea_dagster.arrow import united
 from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.parquet_files import open_parquet
 
 #: The folder of these rows under the storage root.
 FOLDER: Final = "earlier"
@@ -31,7 +32,7 @@ def keep_rows_without(storage: Storage, name: str, request_keys: pa.Array) -> No
     """
     try:
         with storage.open(name) as file:
-            stored = pq.ParquetFile(file)
+            stored = open_parquet(file)
             if not {*_ROW, "task_id", "image_sha256"} <= set(stored.schema_arrow.names):
                 return
             bought = stored.read(columns=["request_key", "task_id", "image_sha256"])
@@ -55,7 +56,7 @@ def earlier_rows(storage: Storage, columns: Sequence[str] | None = None) -> pa.T
     for name in storage.names(FOLDER):
         if name.endswith(".parquet"):
             with storage.open(name) as file:
-                table = pq.read_table(file, columns=None if columns is None else list(columns))
+                table = open_parquet(file).read(columns=None if columns is None else list(columns))
                 tables.append(table.replace_schema_metadata(None))
     return united(tables) if tables else None
 
@@ -65,7 +66,7 @@ def _keep(storage: Storage, name: str, rows: pa.Table) -> None:
     tables = [rows]
     try:
         with storage.open(name) as file:
-            before = pq.read_table(file)
+            before = open_parquet(file).read()
         tables.append(before.filter(pc.invert(pc.is_in(_ids(before), value_set=_ids(rows)))))
     except (FileNotFoundError, pa.ArrowInvalid):
         pass

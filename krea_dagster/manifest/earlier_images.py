@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from krea_dagster.arrow import as_array
 from krea_dagster.engine.journal.bulk_reads import (
@@ -27,6 +26,7 @@ from krea_dagster.manifest.build import manifest_table
 from krea_dagster.manifest.earlier import earlier_rows
 from krea_dagster.manifest.present import present_manifests
 from krea_dagster.manifest.schema import MANIFEST_SCHEMA
+from krea_dagster.parquet_files import open_parquet
 from krea_dagster.prompts import PLAN_SCHEMA
 from krea_dagster.prompts.past_attempts import earlier_attempts
 
@@ -109,7 +109,7 @@ def present_rows(storage: Storage) -> tuple[pa.Table, list[pa.Table]]:
 def _batches(storage: Storage, name: str) -> Iterator[pa.RecordBatch]:
     try:
         with storage.open(name) as file:
-            yield from pq.ParquetFile(file).iter_batches(_ROWS, columns=PLAN_SCHEMA.names)
+            yield from open_parquet(file).iter_batches(_ROWS, columns=PLAN_SCHEMA.names)
     except FileNotFoundError:  # moved just now
         return
     except (OSError, pa.ArrowException) as error:

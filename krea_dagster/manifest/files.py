@@ -15,6 +15,7 @@ from krea_dagster.errors import ConfigError
 from krea_dagster.manifest.earlier import keep_rows_without
 from krea_dagster.manifest.locations import located_now
 from krea_dagster.manifest.schema import MANIFEST_SCHEMA
+from krea_dagster.parquet_files import open_parquet
 from krea_dagster.prompts import safe_name
 
 #: Rows per row group: small enough that memory stays flat, large enough to compress.
@@ -54,7 +55,7 @@ def manifest_partitions(storage: Storage, folders: Sequence[str] = ()) -> list[s
     keys = []
     for name in manifest_names(storage, folders):
         with storage.open(name) as file:
-            for batch in pq.ParquetFile(file).iter_batches(1, columns=["partition_key"]):
+            for batch in open_parquet(file).iter_batches(1, columns=["partition_key"]):
                 keys.append(str(batch.column(0)[0].as_py()))
                 break
     return sorted(keys)
@@ -118,7 +119,7 @@ def has_manifest(
     compared = [at for at, name in enumerate(schema.names) if name not in ignored]
     try:
         with storage.open(manifest_name(partition_key, folders)) as file:
-            stored, group = pq.ParquetFile(file), 0
+            stored, group = open_parquet(file), 0
             if stored.metadata.num_rows != rows or not stored.schema_arrow.equals(schema):
                 return False
             for part in parts:
@@ -159,10 +160,10 @@ def read_manifests(
     for key in partition_keys:
         try:
             with storage.open(manifest_name(key, folders)) as file:
-                names = pq.ParquetFile(file).schema_arrow.names
+                names = open_parquet(file).schema_arrow.names
                 known |= dict.fromkeys(names)
                 wanted = None if columns is None else [name for name in columns if name in names]
-                tables.append(pq.read_table(file, columns=wanted))
+                tables.append(open_parquet(file).read(columns=wanted))
         except FileNotFoundError:
             continue
     if columns is None:
@@ -210,7 +211,7 @@ def read_missing(
     for key in partition_keys:
         try:
             with storage.open(manifest_name(key, folders)) as file:
-                for batch in pq.ParquetFile(file).iter_batches(_ROW_GROUP, columns=read):
+                for batch in open_parquet(file).iter_batches(_ROW_GROUP, columns=read):
                     missing = pc.not_equal(batch.column("status"), State.STORED.value)
                     if pc.any(missing).as_py():
                         found = batch.filter(missing).select(list(columns))

@@ -14,7 +14,6 @@ from typing import Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from krea_dagster.arrow import as_array
 from krea_dagster.curation.accepted.candidates import read_slots
@@ -52,6 +51,7 @@ from krea_dagster.manifest import (
     table_names,
 )
 from krea_dagster.manifest.files import write_parts
+from krea_dagster.parquet_files import open_parquet
 from krea_dagster.prompts import PLAN_SCHEMA
 
 #: The columns added to the manifest's, with their descriptions.
@@ -199,7 +199,7 @@ class AcceptedTableBuilder:
         except FileNotFoundError:
             return
         with file:
-            parquet = pq.ParquetFile(file)
+            parquet = open_parquet(file)
             wanted = columns
             if columns is not None:
                 # The caller reports columns that the table lacks.
@@ -299,7 +299,7 @@ class AcceptedTableBuilder:
     def _manifest_schema(self, key: str) -> pa.Schema:
         try:
             with self.storage.open(manifest_name(key, self.folders)) as file:
-                return pq.ParquetFile(file).schema_arrow
+                return open_parquet(file).schema_arrow
         except FileNotFoundError:
             return MANIFEST_SCHEMA
 
@@ -313,14 +313,14 @@ class AcceptedTableBuilder:
         tables = []
         for name in sorted(table_names(self.storage, kind, self.folders)):
             with self.storage.open(name) as file:
-                names = pq.ParquetFile(file).schema_arrow.names
+                names = open_parquet(file).schema_arrow.names
                 if missing := [column for column in columns if column not in names]:
                     raise ConfigError(
                         f"{self.storage.locate(name)} has no column {missing[0]!r}; it has "
                         f"{', '.join(names)}. Correct the rules of accepted images, or "
                         f"materialize the asset that makes the file again."
                     )
-                tables.append(pq.read_table(file, columns=list(columns)))
+                tables.append(open_parquet(file).read(columns=list(columns)))
         if tables:
             return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
         known = {field.name: field.type for field in _DUPLICATES}

@@ -29,6 +29,7 @@ from krea_dagster.curation.export.image_content import (
 from krea_dagster.curation.export.json_rows import records, to_json
 from krea_dagster.curation.export.spec import ExportSpec
 from krea_dagster.curation.export.target import ExportTarget
+from krea_dagster.parquet_files import open_parquet
 
 #: The table of a split, by form.
 TABLES: Final = {
@@ -120,7 +121,7 @@ def _csv_lines(
 def check_table(form: str, file: BinaryIO, names: Sequence[str]) -> None:
     """Verify that a split's table has a complete row per image. Raises CorruptShard."""
     if form == "imagefolder":
-        found = pq.read_table(file, columns=["file_name"])["file_name"].to_pylist()
+        found = open_parquet(file).read(columns=["file_name"])["file_name"].to_pylist()
     else:
         found = _file_names(form, file)
     if found != list(names):

@@ -7,13 +7,13 @@ from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from krea_dagster.arrow import as_array
 from krea_dagster.curation.export.exported_types import ExportedTypes
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.engine.verdict import Verdict
+from krea_dagster.parquet_files import open_parquet
 
 _ROWS: Final = 10_000
 
@@ -47,7 +47,7 @@ class PartitionTable:
         self._storage = storage
         self._name = name
         with storage.open(name) as file:
-            self._own = pq.ParquetFile(file).schema_arrow
+            self._own = open_parquet(file).schema_arrow
         self._measures = self._read_measures()
 
     def schema(self, types: ExportedTypes) -> pa.Schema:
@@ -70,7 +70,7 @@ class PartitionTable:
         own = set(self._own.names)
         added = [name for name in wanted if name not in own and name in self._measures.schema.names]
         with self._storage.open(self._name) as file:
-            opened = pq.ParquetFile(file)
+            opened = open_parquet(file)
             for batch in opened.iter_batches(_ROWS, columns=[one for one in wanted if one in own]):
                 stored = pc.and_(
                     pc.equal(batch.column("status"), State.STORED.value),
@@ -86,7 +86,7 @@ class PartitionTable:
         name = "/".join(["measures", *self._name.split("/")[1:]])
         try:
             with self._storage.open(name) as file:
-                table = pq.ParquetFile(file).read()
+                table = open_parquet(file).read()
         except (FileNotFoundError, pa.ArrowInvalid):
             return pa.table({"image_sha256": pa.array([], pa.string())})
         names = [one for one in table.column_names if one not in own | _NO_MEASURES]

@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from krea_dagster.engine.storage.storage import Storage, sync_folder
 from krea_dagster.errors import StorageError
 from krea_dagster.file_systems import Options
+from krea_dagster.parquet_files import open_parquet
 
 LATEST: Final = "LATEST"
 LINK: Final = "latest"
@@ -103,7 +103,7 @@ class ExportTarget:
         """Return the index of a version; empty where it was removed."""
         try:
             with self.storage.open(f"{version}/{INDEX}") as file:
-                return pq.read_table(file)
+                return open_parquet(file).read()
         except FileNotFoundError:
             return INDEX_SCHEMA.empty_table()
 

@@ -8,13 +8,13 @@ from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from krea_dagster.curation.column_filter import ColumnFilter, matching
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import manifest_name, manifest_names, no_column
+from krea_dagster.parquet_files import open_parquet
 
 #: The columns of a row.
 COLUMNS: Final = (
@@ -117,7 +117,7 @@ def select_rows(
 
     for name in _names(storage, filters, folders):
         with storage.open(name) as opened:
-            file = pq.ParquetFile(opened)
+            file = open_parquet(opened)
             known |= dict.fromkeys(file.schema_arrow.names)
             present = [one for one in wanted if one in file.schema_arrow.names]
             add(file.iter_batches(_ROWS, columns=present), earlier=False)

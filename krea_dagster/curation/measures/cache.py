@@ -28,6 +28,7 @@ from krea_dagster.curation.measures.builtin import NAMES, VERSION, measure
 from krea_dagster.curation.measures.measures_table import MEASURES_SCHEMA
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import StorageError
+from krea_dagster.parquet_files import open_parquet
 from krea_dagster.prompts import safe_name
 
 _log = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ class MeasureCache:
         """Yield the rows of a file; none of a damaged one."""
         with self._storage.open(name) as file:
             try:
-                yield from pq.ParquetFile(file).iter_batches(_ROW_GROUP)
+                yield from open_parquet(file).iter_batches(_ROW_GROUP)
             except pa.ArrowInvalid as error:
                 path = redact.location(self._storage.locate(name))
                 _log.warning("%s is damaged, and may be removed: %s", path, redact.text(str(error)))

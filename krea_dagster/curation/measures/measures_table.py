@@ -17,6 +17,7 @@ from krea_dagster.curation.measures.pdq import HASH_BYTES
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import StorageError
 from krea_dagster.manifest import table_name
+from krea_dagster.parquet_files import open_parquet
 
 _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     ("image_sha256", pa.string(), "Hash of the file's bytes"),
@@ -78,7 +79,7 @@ def read_valid_measures(
     name = measures_name(partition_key, folders)
     try:
         with storage.open(name) as opened:
-            table = pq.ParquetFile(opened).read()
+            table = open_parquet(opened).read()
     except (FileNotFoundError, pa.ArrowInvalid):  # a damaged file is replaced
         return MEASURES_SCHEMA.empty_table()
     held = json.loads((table.schema.metadata or {}).get(_VERSIONS, b"{}"))

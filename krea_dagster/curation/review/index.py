@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from krea_dagster.arrow import as_array, united
 from krea_dagster.curation.review.selection import OPERATORS, kind_of
@@ -23,6 +22,7 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import MANIFEST_SCHEMA, SUCCESSOR, earlier_images
+from krea_dagster.parquet_files import open_parquet
 
 #: The folders whose files are in an index.
 _FOLDERS: Final = ("manifest", "earlier", "measures", "near_duplicates", "accepted")
@@ -184,7 +184,7 @@ def _tables(storage: Storage, folder: str) -> Iterator[pa.Table]:
     for name in _parquet_files(storage, folder):
         try:
             with storage.open(name) as file:
-                yield pq.read_table(file)
+                yield open_parquet(file).read()
         except FileNotFoundError:  # removed just now: the version changes, and the index is rebuilt
             continue
         except (OSError, pa.ArrowException) as error:

@@ -32,6 +32,7 @@ from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import manifest_names
 from krea_dagster.models import UNITS_PER_CREDIT, credits_from_units
+from krea_dagster.parquet_files import open_parquet
 from krea_dagster.prompts import safe_name
 
 _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
@@ -119,7 +120,7 @@ def read_near_duplicates(
     """Read the table, or these columns of it; None where it does not exist."""
     try:
         with storage.open(near_duplicates_name(folders)) as file:
-            return pq.ParquetFile(file).read(None if columns is None else list(columns))
+            return open_parquet(file).read(None if columns is None else list(columns))
     except FileNotFoundError:
         return None
 
@@ -305,7 +306,7 @@ def _stored(
 
 def _batches(storage: Storage, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     with storage.open(name) as file:
-        yield from pq.ParquetFile(file).iter_batches(_ROWS, columns=list(columns))
+        yield from open_parquet(file).iter_batches(_ROWS, columns=list(columns))
 
 
 def _is_hash(texts: pa.Array) -> pa.Array:
