@@ -37,6 +37,7 @@ _OTHER_NAMES: Final[Mapping[str, str]] = {
 #: Names of parameters that Krea 2 Turbo does not have.
 _NO_EFFECT: Final[Mapping[str, str]] = {
     "negative_prompt": "negative prompt",
+    "step": "number of steps",
     "steps": "number of steps",
     "num_steps": "number of steps",
     "num_inference_steps": "number of steps",
