@@ -22,6 +22,7 @@ from krea_dagster.curation.similarity.near_duplicates import (
     NEAR_DUPLICATES_DESCRIPTIONS,
     NEAR_DUPLICATES_SCHEMA,
 )
+from krea_dagster.curation.verdict_files import VERDICT_FILE_DESCRIPTIONS, VERDICT_FILE_SCHEMA
 from krea_dagster.engine import states
 from krea_dagster.manifest import DESCRIPTIONS, MANIFEST_SCHEMA
 from krea_dagster.spend.tables.daily import DAILY_DESCRIPTIONS, daily_schema
@@ -94,6 +95,7 @@ class CodeTable(SphinxDirective):
         "daily": lambda: columns(daily_schema(()), DAILY_DESCRIPTIONS),
         "measures": lambda: columns(MEASURES_SCHEMA, MEASURES_DESCRIPTIONS),
         "near_duplicates": lambda: columns(NEAR_DUPLICATES_SCHEMA, NEAR_DUPLICATES_DESCRIPTIONS),
+        "verdicts": lambda: columns(VERDICT_FILE_SCHEMA, VERDICT_FILE_DESCRIPTIONS),
         "events": events,
     }
 

@@ -257,7 +257,7 @@ class _Merge:
             return
         if newer:  # than the verdict here, and older than its tags or its note
             given = replace(given, tags=None, note=None)
-        given = replace(given.after(last), at=at)
+        given = given.after(last, at)
         self.new.append(given)
         self._remember(given)
 

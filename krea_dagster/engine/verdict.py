@@ -103,8 +103,8 @@ class Verdict:
         if self.tags is not None:
             checked_tags(self.tags)
 
-    def after(self, before: Verdict | None) -> Verdict:
-        """Return the verdict as it is stored after ``before``, the last one on its image."""
+    def after(self, before: Verdict | None, at: datetime) -> Verdict:
+        """Return the verdict as it is stored at a time after ``before``, the last on its image."""
         tags = () if before is None else before.tags or ()
         if self.tags is not None:
             tags = checked_tags(self.tags)
@@ -113,12 +113,19 @@ class Verdict:
         note = self.note
         if note is None and before is not None:
             note = before.note
-        stored = replace(self, tags=tags, note=note or None, tag_change=None)
-        if not self.annotates:
-            return stored
-        if before is None:
-            return replace(stored, verdict=NONE, reason=None)
-        return replace(stored, verdict=before.verdict, reason=before.reason)
+        verdict, reason = self.verdict, self.reason
+        if self.annotates:
+            verdict = NONE if before is None else before.verdict
+            reason = None if before is None else before.reason
+        return replace(
+            self,
+            verdict=verdict,
+            reason=reason,
+            tags=tags,
+            note=note or None,
+            tag_change=None,
+            at=at,
+        )
 
     def said_after(self, before: Verdict | None) -> Verdict:
         """Return what counts once this verdict is stored: who judged stays with an annotation."""
@@ -151,4 +158,4 @@ def _can_be_kept(value: object, most: int) -> bool:
     """Whether every database takes a text: PostgreSQL takes no NUL, and none a lone surrogate."""
     if not isinstance(value, str) or len(value) > most or "\x00" in value:
         return False
-    return value.encode("utf-8", "replace").decode() == value
+    return value.isascii() or value.encode("utf-8", "replace").decode() == value

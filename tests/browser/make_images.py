@@ -81,6 +81,7 @@ def _show_review(browser: Browser, scratch: Path, folder: Path) -> None:
     views: tuple[tuple[str, tuple[int, int], Scheme], ...] = (
         ("review", (DESK, 900), "dark"),
         ("review-light", (DESK, 900), "light"),
+        ("review-selected", (DESK, 900), "light"),
         ("review-phone", (PHONE, 844), "dark"),
     )
     for name, size, scheme in views:
@@ -90,11 +91,26 @@ def _show_review(browser: Browser, scratch: Path, folder: Path) -> None:
             visit.press(*["Home", *["ArrowRight"] * (7 if size[0] == DESK else 4)])
             _settle(visit)
             visit.page.screenshot(path=folder / f"{name}.png")
+            if name == "review-selected":
+                _select_and_tag(visit)
+                visit.page.screenshot(path=folder / f"{name}.png")
             if name == "review":
                 visit.press("Enter")
                 _settle(visit)
                 visit.page.screenshot(path=folder / "review-compare.png")
     server.stop()
+
+
+def _select_and_tag(visit: Any) -> None:
+    visit.press("t")
+    visit.page.keyboard.type("left hand, night")
+    visit.press("Enter", "e")
+    visit.page.keyboard.type("The moon is cut off.")
+    visit.press("Enter", "x", "Shift+ArrowRight", "Shift+ArrowDown", "t")
+    visit.page.keyboard.type("harbour")
+    visit.press("Enter")
+    visit.wait("document.getElementById('notice').textContent.startsWith('Tagged')")
+    _settle(visit)
 
 
 def _settle(visit: Any) -> None:

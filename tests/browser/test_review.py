@@ -6,8 +6,10 @@ Times are printed (``pytest -s``) and not asserted: the machine may be busy.
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +23,13 @@ from playwright.sync_api import Browser, Page, expect
 from krea_dagster.curation.review.app import REASONS
 from krea_dagster.curation.review.index import ReviewIndex, build_index
 from krea_dagster.curation.review.selection import ReviewSelection, empty_code, rows_of
+from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import read_manifests, write_manifest
 from tests.curation.review.review_harness import PARTITIONS, ReviewProject, Server, make_project
+from tests.spend.project_harness import ProjectHarness
 
 pytestmark = pytest.mark.browser
 
@@ -462,6 +466,174 @@ def test_n_goes_to_the_next_image_without_a_verdict(
         visit.wait("document.querySelector('.cell.chosen').id === 'place-3'")
 
 
+# -- tags, notes and many images at once -------------------------------------------------------
+
+
+def test_tags_and_a_note_are_given_by_keyboard_and_stay_with_the_verdict(
+    small: tuple[ReviewProject, Server], browser: Browser
+) -> None:
+    project, server = small
+    with visiting(browser, server.url) as visit:
+        page = visit.page
+        visit.press("t")
+        page.keyboard.type("night, left hand")  # at once: no letter may reach the grid
+        visit.press("Enter", "e")
+        page.keyboard.type("see the eyes")
+        visit.press("Enter", "k", "ArrowLeft")
+        panel = page.locator(".about")
+        expect(panel.locator(".tags li")).to_contain_text(["left hand", "night"])
+        expect(panel.locator(".note")).to_have_text("see the eyes")
+        expect(page.locator("#place-0")).to_have_attribute("data-verdict", "keep")
+        expect(page.locator("#place-0")).to_have_attribute(
+            "aria-label", re.compile("Kept. Tags: left hand, night. Has a note. 1 of 399$")
+        )
+        until(lambda: len(history_of(project)) == 3, "each is in the journal")
+        last = history_of(project)[-1]
+        assert (last.verdict, last.tags, last.note) == (
+            "keep", ("left hand", "night"), "see the eyes",
+        )  # fmt: skip
+        panel.get_by_role("button", name="Remove the tag night").click()
+        expect(panel.locator(".tags li")).to_have_count(1)
+        visit.press("u")
+        expect(panel.locator(".tags li")).to_have_count(2)
+        visit.press("ArrowRight", "t", "1", "Enter")  # the most frequent tags have the keys 1 to 9
+        expect(panel.locator(".tags li")).to_contain_text(["left hand"])
+        assert visit.said == []
+
+
+def test_images_are_filtered_by_tag(small: tuple[ReviewProject, Server], browser: Browser) -> None:
+    _, server = small
+    with visiting(browser, server.url) as visit:
+        page = visit.page
+        visit.press("x", "Shift+ArrowRight", "Shift+ArrowRight", "t")
+        page.keyboard.type("harbour")
+        visit.press("Enter")
+        expect(page.locator("#notice")).to_have_text("Tagged harbour: 3 images. U undoes it.")
+        visit.press("/")
+        page.get_by_role("button", name="Add a condition").click()
+        line = page.get_by_role("group", name="Condition").last
+        line.get_by_label("Column").select_option("tags")
+        expect(line.get_by_label("Condition", exact=True)).to_have_value("has")
+        line.get_by_label("Value").select_option("harbour")
+        expect(line.get_by_label("Value")).to_contain_text("harbour (3)")
+        page.get_by_role("button", name="Show", exact=True).click()
+        expect(page.locator("#filter-text")).to_have_text("tags has harbour")
+        expect(page.locator("#live")).to_contain_text("3 images")
+
+
+def test_many_images_are_selected_by_mouse_and_judged_and_undone_in_one_go(
+    small: tuple[ReviewProject, Server], browser: Browser
+) -> None:
+    project, server = small
+    with visiting(browser, server.url) as visit:
+        page = visit.page
+        page.locator("#place-1").click()
+        page.locator("#place-3").click(modifiers=["Shift"])
+        page.locator("#place-6").click(modifiers=["ControlOrMeta"])
+        page.locator("#place-2").click(modifiers=["ControlOrMeta"])
+        expect(page.locator("#picked-text")).to_have_text("3 selected")
+        selected = page.locator(".cell[aria-selected=true]")
+        assert selected.evaluate_all("all => all.map(one => one.id)") == [
+            "place-1", "place-3", "place-6",
+        ]  # fmt: skip
+        visit.press("r", "4")
+        for place in (1, 3, 6):
+            expect(page.locator(f"#place-{place}")).to_have_attribute("data-verdict", "reject")
+        expect(page.locator("#place-2")).to_have_attribute("data-verdict", "none")
+        expect(page.locator("#progress-text")).to_have_text("3 of 399 reviewed")
+        expect(page.locator("#picked")).to_be_hidden()
+        given = history_of(project)
+        assert {(one.verdict, one.reason, one.at) for one in given} == {
+            ("reject", REASONS[3], given[0].at)
+        }, "one commit"
+        visit.press("u")
+        expect(page.locator("#place-6")).to_have_attribute("data-verdict", "none")
+        expect(page.locator("#notice")).to_have_text("Undone: 3 images.")
+        expect(page.locator("#progress-text")).to_have_text("0 of 399 reviewed")
+
+
+def test_all_images_of_a_filter_are_kept_by_two_keys_and_others_see_it(
+    small: tuple[ReviewProject, Server], browser: Browser
+) -> None:
+    project, server = small
+    with (
+        visiting(browser, f"{server.url}?reviewer=Ada") as ada,
+        visiting(browser, f"{server.url}?reviewer=Grace") as grace,
+    ):
+        ada.press("a")
+        expect(ada.page.locator("#picked-text")).to_have_text("399 selected")
+        ada.press("Escape")
+        expect(ada.page.locator("#picked")).to_be_hidden()
+        ada.press("a", "k")
+        expect(ada.page.locator("#progress-text")).to_have_text("399 of 399 reviewed")
+        expect(grace.page.locator("#place-4")).to_have_attribute(
+            "data-verdict", "keep", timeout=8000
+        )
+        assert len(history_of(project)) == 399
+
+
+def test_selected_images_are_compared(
+    small: tuple[ReviewProject, Server], browser: Browser
+) -> None:
+    _, server = small
+    with visiting(browser, server.url) as visit:
+        visit.press(" ", "ArrowDown", "x", "Enter")
+        expect(visit.page.get_by_role("heading", name="Selected images")).to_be_visible()
+        expect(visit.page.get_by_role("option")).to_have_count(2)
+        visit.press("Escape")
+        expect(visit.page.locator("#picked-text")).to_have_text("2 selected")
+
+
+def test_counts_follow_each_key(small: tuple[ReviewProject, Server], browser: Browser) -> None:
+    """The number does not wait until the reviewer pauses, nor for the server."""
+    _, server = small
+    with visiting(browser, server.url) as visit:
+        visit.context.route("**/api/verdicts", lambda route: route.abort())
+        for number in range(1, 6):
+            visit.press("k")
+            expect(visit.page.locator("#progress-text")).to_have_text(f"{number} of 399 reviewed")
+        visit.press("r")
+        expect(visit.page.locator("#progress-text")).to_have_text("5 of 399 reviewed")
+        visit.press("Escape", "u", "u")
+        expect(visit.page.locator("#progress-text")).to_have_text("3 of 399 reviewed")
+        visit.context.unroute("**/api/verdicts")
+
+
+def test_similar_images_say_where_colours_differ_or_that_none_is_known(
+    small: tuple[ReviewProject, Server], browser: Browser
+) -> None:
+    _, server = small
+    with visiting(browser, server.url) as visit:
+        visit.press("d")
+        title = "Images that are nearly the same (colour is not compared)"
+        expect(visit.page.get_by_role("heading", name=title)).to_be_visible()
+        expect(visit.page.get_by_role("option").nth(1)).to_contain_text("other colours")
+        expect(visit.page.get_by_role("option").nth(0)).not_to_contain_text("other colours")
+        visit.press("Escape", "ArrowRight", "ArrowRight", "d")
+        expect(visit.page.locator("#notice")).to_have_text(
+            "Not compared yet: this image was not measured. Run krea-dagster curate."
+        )
+
+
+def test_a_finger_selects_many(small: tuple[ReviewProject, Server], browser: Browser) -> None:
+    project, server = small
+    with visiting(browser, server.url, size=PHONE, touch=True) as visit:
+        page = visit.page
+        page.locator("#place-1").tap()
+        page.get_by_role("button", name="Select", exact=True).tap()
+        page.locator("#place-4").tap()
+        page.locator("#place-5").tap()
+        page.locator("#place-4").tap()
+        expect(page.locator("#picked-text")).to_have_text("2 selected")
+        sizes = page.locator("button:visible").evaluate_all(
+            "all => all.map(one => one.getBoundingClientRect().height)"
+        )
+        assert min(sizes) >= 44
+        page.get_by_role("button", name="Flag").tap()
+        expect(page.locator("#place-5")).to_have_attribute("data-verdict", "flag")
+        assert len(history_of(project)) == 2
+
+
 # -- what is shown ----------------------------------------------------------------------------
 
 
@@ -530,6 +702,46 @@ def test_comparing_shows_the_samples_at_full_size_and_judges_them(
         expect(page.get_by_role("option")).to_have_count(2)  # the images of one cluster
 
 
+def test_earlier_images_are_shown_with_their_successors(
+    tmp_path: Path, emulator: Emulator, open_account: Callable[..., str], browser: Browser
+) -> None:
+    """The size of one row was changed, and another row was removed."""
+    shop = ProjectHarness(tmp_path, emulator, open_account())
+    with ThreadPoolExecutor(1) as pool:  # this thread has the browser's event loop
+        pool.submit(shop.with_rows("boat", "kite", "tree", "drum").buy).result()
+        changed = shop.with_rows("tree", "drum").with_rows("boat", size="1:1")
+        pool.submit(changed.buy, "run-2").result()
+    server = Server(ReviewProject(tmp_path / "krea", 5))
+    with visiting(browser, server.url) as visit:
+        page = visit.page
+        expect(page.locator("#live")).to_contain_text("3 images")
+        expect(page.locator(".cell:not([hidden]) .marks:not(:empty)")).to_have_count(0)
+        visit.press(
+            *["ArrowRight"]
+            * page.locator(".cell[aria-label^=boat]").evaluate("one => +one.id.slice(6)"),
+            "Enter",
+        )
+        panes = page.get_by_role("option")
+        expect(panes).to_have_count(2)
+        expect(panes.first).to_contain_text("1:2 1K · replaced")
+        expect(panes.last).not_to_contain_text("replaced")
+        visit.press("Escape")
+    with visiting(browser, f'{server.url}#{{"where": [["earlier", "is", "true"]]}}') as visit:
+        page = visit.page
+        expect(page.locator(".cell:not([hidden])")).to_have_count(2)
+        expect(page.locator(".cell:not([hidden]) .marks")).to_have_text(["earlier"] * 2)
+        expect(page.locator("#filter-text")).to_have_text("earlier is true")
+        visit.press(
+            *["ArrowRight"]
+            * page.locator(".cell[aria-label^=kite]").evaluate("one => +one.id.slice(6)")
+        )
+        expect(page.locator(".about")).to_contain_text("its row is gone")
+        visit.press("f")
+        expect(page.locator(".cell[data-verdict=flag]")).to_have_count(1)
+        assert visit.said == []
+    server.stop()
+
+
 def test_a_prompt_is_always_shown_as_text(tmp_path: Path, browser: Browser) -> None:
     project = make_project(tmp_path / "krea", rows=32, subjects=1)
     storage = Storage(str(project.folder))
@@ -574,19 +786,27 @@ def test_axe_finds_nothing_to_object_to(
         page = visit.page
         visit.press("k", "f", "r", "1")
         page.wait_for_timeout(400)
-        for key in ("", "/", "?", "p", "r", "Enter"):
+        visit.press("t")
+        page.keyboard.type("axe, night")
+        visit.press("Enter", "e")
+        page.keyboard.type("a note")
+        visit.press("Enter")
+        for key in ("", "/", "?", "p", "r", "t", "e", "Enter", "d", "x", "t"):
+            page.locator("#grid").focus()
+            if key == "d":
+                visit.press("Home")  # the first image has a near-duplicate
             if key:
-                page.locator("#grid").focus()
                 visit.press(key)
+            if key not in ("", "x"):
                 expect(page.get_by_role("dialog")).to_be_visible()
             results = Axe().run(page)
             assert results.violations_count == 0, f"{key}: {results.generate_report()}"
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-            if key:
+            if key not in ("", "x"):
                 visit.press("Escape")
                 expect(page.get_by_role("dialog")).to_have_count(0)
                 expect(page.get_by_role("grid")).to_be_focused()
-        visit.press("u", "u", "u")  # other tests count what stands there
+        visit.press("u", "u", "u", "u", "u")  # other tests count what stands there
         expect(page.locator("#saved")).to_have_text("All saved")
 
 

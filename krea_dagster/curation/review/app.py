@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import mimetypes
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import anyio.to_thread
@@ -21,11 +21,19 @@ from sqlalchemy import select
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
 from krea_dagster import redact
+from krea_dagster.curation.review.images import ReviewImages
 from krea_dagster.curation.review.index import ReviewIndex, build_index, files_version
+from krea_dagster.curation.review.measured_rows import words_on_similar
+from krea_dagster.curation.review.posted_verdicts import (
+    PostedVerdicts,
+    Said,
+    ranges_of,
+    verdict_of,
+)
 from krea_dagster.curation.review.responses import (
     as_json,
     http_error,
@@ -33,9 +41,12 @@ from krea_dagster.curation.review.responses import (
     parse_whole_number,
 )
 from krea_dagster.curation.review.selection import ReviewSelection, Rows, empty_code, rows_of
-from krea_dagster.curation.review.thumbnails import GridThumbnails
 from krea_dagster.curation.review.verdict_cache import VerdictView, verdict_json
-from krea_dagster.curation.thumbnails import NoThumbnail, Thumbnails
+from krea_dagster.curation.review.verdict_columns import (
+    VERDICT_COLUMNS,
+    describe_verdict_columns,
+    with_verdict_columns,
+)
 from krea_dagster.engine.journal import schema
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
@@ -46,12 +57,11 @@ _log = logging.getLogger(__name__)
 
 PAGE: Final = Path(__file__).with_name("page")
 
-#: Images are addressed by their hash, so they can be cached forever.
-_CACHE_FOREVER: Final = {"Cache-Control": "private, max-age=31536000, immutable"}
-
 #: The most rows per response, and verdicts per post.
 _MOST_ROWS: Final = 500
 _MOST_VERDICTS: Final = 200
+#: The most verdicts that a page is told of one by one; of more it reads its rows again.
+_MOST_HEARD: Final = 2000
 #: The longest body that is read, bytes.
 _LONGEST_BODY: Final = 1_000_000
 #: Lists of rows that are cached, one per filter in use.
@@ -59,14 +69,7 @@ _LISTS: Final = 16
 #: How often the files are checked for changes, seconds.
 RELOAD_EVERY_S: Final = 5.0
 
-#: Pillow's image formats that are sent to a browser.
-_TYPES: Final = {
-    "PNG": "image/png",
-    "JPEG": "image/jpeg",
-    "WEBP": "image/webp",
-    "AVIF": "image/avif",
-}
-
+_CHANGED: Final = "the files have changed: there are new rows"
 _KEPT: Final = "until then your verdicts wait in this browser."
 
 REASONS: Final = (
@@ -101,8 +104,9 @@ class Review:
         with settings.journal.database.read() as connection:
             self._journal_id = connection.execute(select(schema.about.c.journal_id)).scalar()
         self._verdicts = VerdictView(settings.journal.verdicts)
+        self._writer = PostedVerdicts(settings.journal, self._verdicts)
         self._index = self._build()
-        self._thumbnails = GridThumbnails(Thumbnails(settings.storage))
+        self._images = ReviewImages(settings.storage, self._file_of)
         self._lists: OrderedDict[tuple[str, int, str], Rows] = OrderedDict()
         self._page = {
             path.name: path.read_bytes() for path in PAGE.iterdir() if path.suffix != ".py"
@@ -131,10 +135,12 @@ class Review:
                 Route("/api/row", self._answer(self._row), methods=get),
                 Route("/api/siblings", self._answer(self._siblings), methods=get),
                 Route("/api/progress", self._answer(self._progress), methods=get),
+                Route("/api/tags", self._answer(self._tags), methods=get),
                 Route("/api/since", self._answer(self._since), methods=get),
                 Route("/api/verdicts", self._post, methods=post),
-                Route("/small/{sha256}", self._small, methods=get),
-                Route("/full/{sha256}", self._full, methods=get),
+                Route("/api/batch", self._post_batch, methods=post),
+                Route("/small/{sha256}", self._images.small, methods=get),
+                Route("/full/{sha256}", self._images.full, methods=get),
             ],
             exception_handlers={HTTPException: http_error, JournalError: journal_error},
         )
@@ -152,6 +158,9 @@ class Review:
     def _reload(self) -> None:
         if files_version(self._settings.storage) != self._index.generation:
             self._index = self._build()
+
+    def _file_of(self, sha256: str) -> tuple[str, str, int | None] | None:
+        return self._index.file_of(sha256)
 
     def _build(self) -> ReviewIndex:
         settings = self._settings
@@ -192,7 +201,15 @@ class Review:
 
     def _columns(self, _request: Request) -> dict[str, Any]:
         index = self._index
-        return {"generation": index.generation, "columns": index.columns()}
+        said = self._verdicts.all_at(self._verdicts.catch_up())
+        columns = index.columns() + describe_verdict_columns(index, said)
+        return {"generation": index.generation, "columns": columns}
+
+    def _tags(self, _request: Request) -> dict[str, Any]:
+        """Return the tags in use, the most frequent first, with their numbers of images."""
+        said = self._verdicts.all_at(self._verdicts.catch_up()).values()
+        counts = Counter(tag for one in said for tag in one.tags or ())
+        return {"tags": counts.most_common()}
 
     # -- rows -------------------------------------------------------------------------------------
 
@@ -211,7 +228,10 @@ class Review:
                 codes = self._verdicts.codes(index, number)
             else:
                 codes = self._verdicts.codes(index)
-            found = rows_of(index.table, wanted, codes)
+            table = index.table
+            if wanted.columns().intersection(VERDICT_COLUMNS):
+                table = with_verdict_columns(index, self._verdicts.all_at(number))
+            found = rows_of(table, wanted, codes)
             self._lists[key] = found
             while len(self._lists) > _LISTS:
                 self._lists.popitem(last=False)
@@ -226,7 +246,7 @@ class Review:
     def _index_of(self, request: Request) -> ReviewIndex:
         index = self._index
         if request.query_params.get("generation") != index.generation:
-            raise HTTPException(409, "the files have changed: there are new rows")
+            raise HTTPException(409, _CHANGED)
         return index
 
     def _rows(self, request: Request) -> dict[str, Any]:
@@ -238,7 +258,7 @@ class Review:
     def _shown(self, index: ReviewIndex, rows: Rows) -> list[dict[str, Any]]:
         found = index.grid_rows(rows)
         for one in found:
-            one["verdict"] = verdict_json(self._verdicts.of(one["image_sha256"]))
+            one["verdict"] = verdict_json(self._verdicts.last_of(one["image_sha256"]))
         return found
 
     def _next(self, request: Request) -> dict[str, Any]:
@@ -264,11 +284,18 @@ class Review:
         return {"row": values, "history": [verdict_json(one) for one in history]}
 
     def _siblings(self, request: Request) -> dict[str, Any]:
+        """Return the rows of the same prompt, or the similar ones, and words on them."""
         index = self._index_of(request)
         row = _row_number(request, index)
-        by_cluster = request.query_params.get("by") == "cluster"
-        rows = index.of_cluster(row) if by_cluster else index.of_prompt(row)
-        return {"rows": self._shown(index, np.asarray(rows[:_MOST_ROWS], np.int64))}
+        if request.query_params.get("by") == "cluster":
+            rows = index.of_cluster(row)
+            words = words_on_similar(index.whole_row(row), len(rows))
+        else:
+            rows, words = index.of_prompt(row), "Samples and attempts"
+        shown = self._shown(index, np.asarray(rows[:_MOST_ROWS], np.int64))
+        if request.query_params.get("by") == "cluster" and len(shown) > 1:
+            self._images.mark_other_colours(index.whole_row(row), shown)
+        return {"rows": shown, "words": words}
 
     def _progress(self, _request: Request) -> dict[str, Any]:
         self._verdicts.catch_up()
@@ -289,13 +316,18 @@ class Review:
         self._check_journal(request.query_params.get("journal"))
         number = self._verdicts.catch_up()
         after = parse_whole_number(request, "number", number)
+        # Those that came since are told with the next poll, which begins at this number.
+        said = [one for one in self._verdicts.since(after) if one.number <= number]
+        many = len(said) > _MOST_HEARD
         return {
             "number": number,
             "generation": self._index.generation,
-            "verdicts": [verdict_json(one) for one in self._verdicts.since(after)],
+            "verdicts": [] if many else [verdict_json(one) for one in said],
+            "many": many,
         }
 
-    async def _post(self, request: Request) -> Response:
+    async def _posted(self, request: Request) -> dict[str, Any]:
+        """Return the JSON object of a post of this journal's page. Raises HTTPException."""
         if request.headers.get("content-type", "").split(";")[0] != "application/json":
             raise HTTPException(415, "verdicts must be posted as JSON")
         body = bytearray()
@@ -304,118 +336,65 @@ class Review:
             if len(body) > _LONGEST_BODY:
                 raise HTTPException(413, "too many verdicts in one post")
         try:
-            posted = json.loads(bytes(body))
-            journal = posted.get("journal")
+            posted = dict(json.loads(bytes(body)))
+        except (ValueError, TypeError, RecursionError):
+            raise HTTPException(400, "the post is not a JSON object") from None
+        self._check_journal(posted.get("journal"))
+        return posted
+
+    async def _post(self, request: Request) -> Response:
+        posted = await self._posted(request)
+        try:
             entries = [dict(one) for one in posted["verdicts"][:_MOST_VERDICTS]]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise HTTPException(
-                400, "the verdicts are not valid JSON of the expected form"
-            ) from None
-        self._check_journal(journal)
+        except (ValueError, TypeError, KeyError):
+            raise HTTPException(400, "the verdicts are not of the expected form") from None
         good: list[Verdict] = []
         refused: list[dict[str, Any]] = []
         for entry in entries:
             try:
-                good.append(_verdict_of(entry))
+                good.append(verdict_of(entry))
             except InputError as error:
                 refused.append({"verdict_id": str(entry.get("verdict_id")), "why": str(error)})
-        kept = await anyio.to_thread.run_sync(self._remember, good)
+        kept, further = await anyio.to_thread.run_sync(self._remember, good)
+        refused += further
         return as_json({"verdicts": [verdict_json(one) for one in kept], "refused": refused})
 
-    def _remember(self, given: list[Verdict]) -> list[Verdict]:
-        """Write verdicts to the journal, each with the prompt table of its image."""
-        journal = self._settings.journal
-        known = journal.records({one.request_key for one in given})
-        return journal.verdicts.add(
-            [
-                replace(one, table_id=known[one.request_key].table_id)
-                if one.request_key in known
-                else one
-                for one in given
-            ]
-        )
-
-    # -- images -----------------------------------------------------------------------------------
-
-    async def _small(self, request: Request) -> Response:
-        name, _ = await anyio.to_thread.run_sync(self._name_of, request)
-        if await request.is_disconnected():
-            return Response(status_code=499)  # the client has scrolled on
+    def _remember(self, given: list[Verdict]) -> tuple[list[Verdict], list[dict[str, Any]]]:
+        """Write verdicts; return them, and those that are refused with the reason."""
         try:
-            data = await self._thumbnails.get(request.path_params["sha256"], name)
-        except NoThumbnail as error:
-            raise HTTPException(415, str(error)) from None
-        return Response(data, media_type="image/jpeg", headers=_CACHE_FOREVER)
+            return self._writer.add(given), []
+        except InputError as error:  # such as too many tags of one image
+            if len(given) == 1:
+                return [], [{"verdict_id": given[0].verdict_id, "why": str(error)}]
+        parts = [self._remember([one]) for one in given]
+        return [one for kept, _ in parts for one in kept], [one for _, no in parts for one in no]
 
-    async def _full(self, request: Request) -> Response:
-        name, kind = await anyio.to_thread.run_sync(self._name_of, request)
-        storage = self._settings.storage
-        if storage.folder is not None:
-            return FileResponse(storage.folder / name, media_type=kind, headers=_CACHE_FOREVER)
+    async def _post_batch(self, request: Request) -> Response:
+        """Say the same of many images, or undo that."""
+        posted = await self._posted(request)
+        work = self._undo_batch if "undo" in posted else self._add_batch
         try:
-            file = await anyio.to_thread.run_sync(storage.open, name)
-        except FileNotFoundError:
-            raise HTTPException(404, "the file no longer exists") from None
-        except OSError as error:
-            raise HTTPException(502, f"the file cannot be read: {error}") from None
+            return as_json(await anyio.to_thread.run_sync(work, posted))
+        except InputError as error:
+            raise HTTPException(400, str(error)) from None
 
-        async def parts() -> Any:
-            try:
-                while part := await anyio.to_thread.run_sync(file.read, 1 << 18):
-                    yield part
-            finally:
-                await anyio.to_thread.run_sync(file.close)
+    def _add_batch(self, posted: dict[str, Any]) -> dict[str, Any]:
+        index = self._index
+        if posted.get("generation") != index.generation:
+            raise HTTPException(409, _CHANGED)
+        number, ranges = posted.get("number"), posted.get("ranges")
+        if type(number) is not int or not isinstance(ranges, list):
+            raise InputError("a batch needs the list's number, and ranges of places")
+        listed = self._list(index, str(posted.get("selection", "")), number)
+        rows = ranges_of(ranges, listed)
+        batch_id, reviewer = str(posted.get("batch_id")), str(posted.get("reviewer"))
+        images = self._writer.add_batch(index, rows, batch_id, reviewer, Said.of(posted))
+        return {"images": images, "number": self._verdicts.number}
 
-        return StreamingResponse(parts(), media_type=kind, headers=_CACHE_FOREVER)
-
-    def _name_of(self, request: Request) -> tuple[str, str]:
-        """Return the name under the storage root and the media type of a requested image.
-
-        The address contains only the hash; the path comes from the index.
-        """
-        found = self._index.file_of(request.path_params["sha256"])
-        if found is None:
-            raise HTTPException(404, "no row has this image")
-        name = name_in(self._settings.storage, found[0])
-        kind = _TYPES.get(found[1].upper())
-        if name is None or kind is None:
-            raise HTTPException(415, "the row's file is not an image of this storage root")
-        try:
-            size = self._settings.storage.size_bytes(name)
-        except OSError as error:
-            raise HTTPException(502, f"the file cannot be read: {error}") from None
-        if size is None:
-            raise HTTPException(404, "the file no longer exists")
-        if found[2] is not None and size != found[2]:
-            # No other image may be judged under this one's hash.
-            raise HTTPException(415, "the file has changed since it was verified")
-        return name, kind
-
-
-def name_in(storage: Storage, location: str) -> str | None:
-    """Return the name of an image under the root; None where it is outside of it."""
-    name = storage.name_of(location)
-    allowed = name.startswith("images/") and ".." not in PurePosixPath(name).parts
-    return name if allowed else None
-
-
-def _verdict_of(entry: dict[str, Any]) -> Verdict:
-    """Return a verdict that the page posted. Raises InputError."""
-    texts = ("verdict_id", "image_sha256", "verdict", "reviewer", "request_key", "prompt_id")
-    wrong = [one for one in (*texts, "partition_key") if not isinstance(entry.get(one), str)]
-    numbers = [entry.get(one) for one in ("sample", "attempt")]
-    reason = entry.get("reason") or None
-    if wrong or not all(type(one) is int and 0 <= one < 2**31 for one in numbers):
-        raise InputError(f"the verdict lacks {', '.join(wrong) or 'a sample or attempt'}")
-    if reason is not None and not isinstance(reason, str):
-        raise InputError("the reason must be a text")
-    return Verdict(
-        **{one: entry[one] for one in texts},
-        partition_key=entry["partition_key"],
-        sample=entry["sample"],
-        attempt=entry["attempt"],
-        reason=reason,
-    )
+    def _undo_batch(self, posted: dict[str, Any]) -> dict[str, Any]:
+        ids = (str(posted.get("undo")), str(posted.get("batch_id")))
+        undone, since = self._writer.undo_batch(*ids, str(posted.get("reviewer")))
+        return {"images": undone, "since": since, "number": self._verdicts.number}
 
 
 def _row_number(request: Request, index: ReviewIndex) -> int:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from krea_dagster.arrow import as_array, united
+from krea_dagster.curation.review.measured_rows import find_similar, with_cached_measures
 from krea_dagster.curation.review.selection import OPERATORS, kind_of
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.storage.storage import Storage
@@ -31,7 +32,10 @@ _FOLDERS: Final = ("manifest", "earlier", "measures", "near_duplicates", "accept
 _DUPLICATE_COLUMNS: Final = {"cluster": "cluster", "kind": "duplicate", "keep": "duplicate_to_keep"}
 
 #: Columns that the index adds, and that a prompt table may also have.
-_ADDED: Final = frozenset({"earlier", "accepted", SUCCESSOR, *_DUPLICATE_COLUMNS.values()})
+_ADDED: Final = frozenset(
+    {"earlier", "accepted", SUCCESSOR, *_DUPLICATE_COLUMNS.values()}
+    | {"tags", "note", "reason", "reviewer", "reviewed_at"}  # of the verdicts
+)
 
 #: Columns with more values than this get no list of values.
 _MOST_VALUES: Final = 200
@@ -141,13 +145,16 @@ class ReviewIndex:
 
     def columns(self) -> list[dict[str, Any]]:
         """Return name, kind, operators, and values or range of each column."""
-        return [_column(name, self.table[name]) for name in self.table.column_names]
+        return [describe_column(name, self.table[name]) for name in self.table.column_names]
 
 
-def _column(name: str, column: pa.ChunkedArray) -> dict[str, Any]:
+def describe_column(name: str, column: pa.ChunkedArray) -> dict[str, Any]:
+    """Return name, kind, operators, and values or range of a column."""
     kind = kind_of(column.type)
     described: dict[str, Any] = {"name": name, "kind": kind, "operators": OPERATORS[kind]}
-    if kind == "text" and name not in _SINGLE and pa.types.is_string(column.type):
+    if kind == "list":
+        column = pc.list_flatten(column)
+    if name not in _SINGLE and pa.types.is_string(column.type):
         counts = pc.value_counts(column)
         if 0 < len(counts) <= _MOST_VALUES:
             found = ((one["values"].as_py(), one["counts"].as_py()) for one in counts)
@@ -168,16 +175,31 @@ def build_index(storage: Storage, journal: Journal) -> ReviewIndex:
     table = _with_unique_names(_concatenate(tables, "manifest"))
     table = table.append_column("earlier", pa.array(np.zeros(table.num_rows, bool)))
     table = _with_earlier(table, earlier_images(storage, journal))
-    for folder in ("measures", "near_duplicates", "accepted"):
-        table = _join(table, folder, list(_tables(storage, folder)))
-    return ReviewIndex(table, generation)
+    table, cached = with_cached_measures(_join(table, "measures", storage), storage)
+    if _has_current_duplicates(storage):
+        table = _join(table, "near_duplicates", storage)
+    else:
+        judged = journal.verdicts.current().items()
+        similar = find_similar(table, cached, {sha256: one.verdict for sha256, one in judged})
+        table = _with_columns_of(table, "near_duplicates", [similar])
+    return ReviewIndex(_join(table, "accepted", storage), generation)
+
+
+def _has_current_duplicates(storage: Storage) -> bool:
+    """Whether there is a table of near-duplicates that is not older than a manifest."""
+    made, manifests = (
+        [at for name in _parquet_files(storage, folder) if (at := storage.modified_at(name))]
+        for folder in ("near_duplicates", "manifest")
+    )
+    return bool(made) and min(made) >= max(manifests, default=min(made))
 
 
 # -- files ------------------------------------------------------------------------------------
 
 
 def _parquet_files(storage: Storage, folder: str) -> list[str]:
-    return sorted(name for name in storage.names(folder) if name.endswith(".parquet"))
+    names = storage.names(folder)
+    return sorted(name for name in names if name.endswith(".parquet") and "/_" not in name)
 
 
 def _tables(storage: Storage, folder: str) -> Iterator[pa.Table]:
@@ -236,8 +258,12 @@ def _with_earlier(table: pa.Table, earlier: pa.Table) -> pa.Table:
 # -- joined tables ----------------------------------------------------------------------------
 
 
-def _join(table: pa.Table, folder: str, tables: Sequence[pa.Table]) -> pa.Table:
-    """Add a folder's columns to the rows with the same image."""
+def _join(table: pa.Table, folder: str, storage: Storage) -> pa.Table:
+    """Add the columns of a folder's files to the rows with the same image."""
+    return _with_columns_of(table, folder, list(_tables(storage, folder)))
+
+
+def _with_columns_of(table: pa.Table, folder: str, tables: Sequence[pa.Table]) -> pa.Table:
     tables = [one for one in tables if "image_sha256" in one.column_names]
     if not tables:
         return table

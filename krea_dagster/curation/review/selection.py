@@ -7,7 +7,7 @@ of a query language, so no value needs to be quoted.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from krea_dagster.arrow import as_text
+from krea_dagster.arrow import as_array, as_text
 from krea_dagster.engine.verdict import NONE, VERDICTS
 from krea_dagster.errors import InputError
 
@@ -29,7 +29,11 @@ OPERATORS: Final[Mapping[str, tuple[str, ...]]] = {
     "number": ("is", "is not", "at least", "at most", "is empty", "is not empty"),
     "time": ("at least", "at most", "is empty", "is not empty"),
     "truth": ("is", "is empty", "is not empty"),
+    "list": ("has", "has not", "is", "is not", "contains", "is empty", "is not empty"),
 }
+
+#: Kinds of columns that are compared and sorted as text.
+_AS_TEXT: Final = frozenset({"text", "list"})
 
 #: A selection from the page is short; a longer one is a mistake or an attack.
 _LONGEST: Final = 20_000
@@ -54,6 +58,10 @@ class ReviewSelection:
     where: tuple[Condition, ...] = ()
     sort: str | None = None
     down: bool = False
+
+    def columns(self) -> set[str]:
+        """Return the columns that it uses."""
+        return {one.column for one in self.where} | ({self.sort} if self.sort else set())
 
     @classmethod
     def parse(cls, text: str) -> ReviewSelection:
@@ -87,7 +95,9 @@ class ReviewSelection:
 
 
 def kind_of(type_: pa.DataType) -> str:
-    """Return ``number``, ``time``, ``truth``, or ``text`` for all other types."""
+    """Return ``number``, ``time``, ``truth``, ``list`` (of texts), or ``text`` for all others."""
+    if pa.types.is_list(type_) and pa.types.is_string(type_.value_type):
+        return "list"
     if pa.types.is_boolean(type_):
         return "truth"
     if pa.types.is_timestamp(type_) or pa.types.is_date(type_):
@@ -116,7 +126,7 @@ def rows_of(table: pa.Table, selection: ReviewSelection, codes: npt.NDArray[np.i
     if selection.sort is None:
         return rows[::-1] if selection.down else rows
     column = _column(table, selection.sort).take(pa.array(rows))
-    if kind_of(column.type) == "text":
+    if kind_of(column.type) in _AS_TEXT:
         column = as_text(column)
     order = "descending" if selection.down else "ascending"
     # Ties keep the table's order, so that pages are consistent.
@@ -132,6 +142,8 @@ def empty_code() -> int:
 
 def _truth(mask: Any) -> npt.NDArray[np.bool_]:
     """Return a mask as a numpy array, with null as False."""
+    if isinstance(mask, np.ndarray):
+        return mask
     return np.asarray(pc.fill_null(mask, False).to_numpy(zero_copy_only=False), bool)
 
 
@@ -158,7 +170,10 @@ def _meets(table: pa.Table, condition: Condition) -> Any:
         return pc.invert(pc.is_null(column, nan_is_null=True))
     if not condition.values:
         raise InputError(f"{condition.column} {operator}: the value is missing")
-    if kind == "text":
+    if operator in ("has", "has not"):
+        found = _has(column, condition.values)
+        return found if operator == "has" else ~found
+    if kind in _AS_TEXT:
         column = as_text(column)
         if operator == "contains":
             return pc.match_substring(column, condition.values[0], ignore_case=True)
@@ -171,6 +186,15 @@ def _meets(table: pa.Table, condition: Condition) -> Any:
         return _COMPARE[operator](column, values[0])
     found = pc.is_in(column, value_set=values)
     return found if operator == "is" else pc.invert(found)
+
+
+def _has(column: pa.ChunkedArray, values: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Return whether each list has one of the values."""
+    lists = as_array(column)
+    found = pc.is_in(pc.list_flatten(lists), value_set=pa.array(values, pa.string()))
+    shown = np.zeros(len(lists), bool)
+    shown[pc.list_parent_indices(lists).filter(found).to_numpy()] = True
+    return shown
 
 
 def _values(condition: Condition, type_: pa.DataType) -> pa.Array:

@@ -7,6 +7,8 @@ through it, so the verdicts up to any number can be computed.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -30,6 +32,14 @@ class _VerdictChange(NamedTuple):
     after: int
 
 
+class BatchVerdict(NamedTuple):
+    """A verdict of a batch, what was said of the image before, and whether something was since."""
+
+    given: Verdict
+    before: Verdict | None
+    since: bool = False
+
+
 class VerdictView:
     """The verdicts that were read from a journal. Thread-safe."""
 
@@ -37,7 +47,9 @@ class VerdictView:
         self._log = log
         self._lock = threading.Lock()
         self._present: dict[str, Verdict] = {}
+        #: Each row of the journal, and what it says of its image (``Verdict.said_after``).
         self._every: list[Verdict] = []
+        self._said: list[Verdict] = []
         self._changes: list[_VerdictChange] = []
         self._by_image: tuple[ReviewIndex, Codes, int] | None = None
         self.number = 0
@@ -48,26 +60,50 @@ class VerdictView:
         with self._lock:
             for one in self._log.since(self.number):
                 before = self._present.get(one.image_sha256)
+                said = one.said_after(before)
+                if said is not one:  # the page orders what it hears by number
+                    said = replace(said, number=one.number)
                 code = empty_code() if before is None else _CODE[before.verdict]
-                change = _VerdictChange(one.number, one.image_sha256, code, _CODE[one.verdict])
+                change = _VerdictChange(one.number, one.image_sha256, code, _CODE[said.verdict])
                 self._changes.append(change)
-                self._present[one.image_sha256] = one
+                self._present[one.image_sha256] = said
                 self._every.append(one)
+                self._said.append(said)
                 self.number = one.number
             return self.number
 
     def since(self, number: int) -> list[Verdict]:
-        """Return the verdicts after a number."""
+        """Return what the verdicts after a number say."""
         with self._lock:
             at = len(self._every)
             while at and self._every[at - 1].number > number:
                 at -= 1
-            return self._every[at:]
+            return self._said[at:]
 
-    def of(self, sha256: str | None) -> Verdict | None:
-        """Return the current verdict of an image."""
-        found = None if sha256 is None else self._present.get(sha256)
-        return None if found is None or found.verdict == NONE else found
+    def last_of(self, sha256: str | None) -> Verdict | None:
+        """Return what was said last of an image: also a verdict of ``none``, with tags."""
+        return None if sha256 is None else self._present.get(sha256)
+
+    def all_at(self, number: int) -> Mapping[str, Verdict]:
+        """Return what was said last of each image, up to a number."""
+        with self._lock:
+            if number >= self.number:
+                return dict(self._present)
+            return {one.image_sha256: one for one in self._said if one.number <= number}
+
+    def batch(self, batch_id: str) -> list[BatchVerdict]:
+        """Return the verdicts whose id begins with that of a batch."""
+        before: dict[str, Verdict] = {}
+        found: dict[str, BatchVerdict] = {}
+        with self._lock:
+            for one, said in zip(self._every, self._said, strict=True):
+                sha256 = one.image_sha256
+                if one.verdict_id.startswith(batch_id):
+                    found[sha256] = BatchVerdict(one, before.get(sha256))
+                elif sha256 in found:
+                    found[sha256] = found[sha256]._replace(since=True)
+                before[sha256] = said
+        return list(found.values())
 
     def codes(self, index: ReviewIndex, at_number: int | None = None) -> Codes:
         """Return each row's verdict as its index in ``VERDICTS``: the current, or at a number."""
@@ -129,6 +165,9 @@ def verdict_json(one: Verdict | None) -> dict[str, Any] | None:
         "image_sha256": one.image_sha256,
         "verdict": one.verdict,
         "reason": one.reason,
+        "tags": list(one.tags or ()),
+        "note": one.note,
+        "annotates": one.annotates,
         "reviewer": one.reviewer,
         "at": None if one.at is None else one.at.isoformat(),
         "number": one.number,

@@ -53,6 +53,9 @@ NEAR_DUPLICATES_SCHEMA: Final = pa.schema([pa.field(name, kind) for name, kind, 
 #: The description of each column.
 NEAR_DUPLICATES_DESCRIPTIONS: Final = {name: text for name, _, text in _COLUMNS}
 
+#: The columns that are the manifest's.
+_OF_MANIFEST: Final = ("partition_key", "prompt_id", "sample", "request_key", "credits_charged")
+
 _ORDER: Final = [
     ("cluster", "ascending"),
     ("keep", "descending"),
@@ -170,14 +173,18 @@ def update_near_duplicates(
 
 def _purchases(storage: Storage, names: Sequence[str]) -> Iterator[Purchases]:
     for batch in _stored(storage, names, ["request_key", "image_sha256", "stored_at"]):
-        stored_at = batch.column("stored_at").cast(pa.timestamp("us", tz="UTC")).cast(pa.int64())
-        yield Purchases(
-            digests_from_hex(batch.column("image_sha256")),
-            digests_from_hex(batch.column("request_key")),
-            stored_at.fill_null(NEVER).to_numpy(zero_copy_only=False),
-        )
+        yield _purchases_in(batch)
     # Arrow would keep the memory of what it has read, while the search needs it.
     pa.default_memory_pool().release_unused()
+
+
+def _purchases_in(batch: pa.RecordBatch) -> Purchases:
+    stored_at = batch.column("stored_at").cast(pa.timestamp("us", tz="UTC")).cast(pa.int64())
+    return Purchases(
+        digests_from_hex(batch.column("image_sha256")),
+        digests_from_hex(batch.column("request_key")),
+        stored_at.fill_null(NEVER).to_numpy(zero_copy_only=False),
+    )
 
 
 def _hashes(storage: Storage, manifests: Sequence[str]) -> Iterator[ImageHashes]:
@@ -188,48 +195,73 @@ def _hashes(storage: Storage, manifests: Sequence[str]) -> Iterator[ImageHashes]
         name = f"measures{manifest.removeprefix('manifest')}"
         if storage.size_bytes(name) is None:
             continue
-        for batch in _batches(storage, name, columns):
-            hashed = pc.and_(
-                pc.is_valid(batch.column("perceptual_hash")),
-                pc.is_valid(batch.column("perceptual_hash_quality")),
-            )
-            rows = batch.filter(pc.and_(hashed, _is_hash(batch.column("image_sha256"))))
-            quality = rows.column("perceptual_hash_quality").cast(pa.int32())
-            sharpness = rows.column("sharpness").cast(pa.float64()).fill_null(float("nan"))
-            yield ImageHashes(
-                digests_from_hex(rows.column("image_sha256")),
-                _fixed(rows.column("perceptual_hash")),
-                quality.to_numpy(zero_copy_only=False),
-                sharpness.to_numpy(zero_copy_only=False),
-            )
+        yield from map(_hashes_in, _batches(storage, name, columns))
     pa.default_memory_pool().release_unused()
+
+
+def _hashes_in(batch: pa.RecordBatch) -> ImageHashes:
+    hashed = pc.and_(
+        pc.is_valid(batch.column("perceptual_hash")),
+        pc.is_valid(batch.column("perceptual_hash_quality")),
+    )
+    rows = batch.filter(pc.and_(hashed, _is_hash(batch.column("image_sha256"))))
+    quality = rows.column("perceptual_hash_quality").cast(pa.int32())
+    sharpness = rows.column("sharpness").cast(pa.float64()).fill_null(float("nan"))
+    return ImageHashes(
+        digests_from_hex(rows.column("image_sha256")),
+        _fixed(rows.column("perceptual_hash")),
+        quality.to_numpy(zero_copy_only=False),
+        sharpness.to_numpy(zero_copy_only=False),
+    )
 
 
 def _table(storage: Storage, names: Sequence[str], found: ImageClusters) -> pa.Table:
     """Read the manifests once more and return the rows of the clusters."""
-    parts = [NEAR_DUPLICATES_SCHEMA.empty_table()]
-    columns = ["partition_key", "prompt_id", "sample", "request_key", "credits_charged"]
-    for batch in _stored(storage, names, [*columns, "image_sha256"]):
-        places = found.find(digests_from_hex(batch.column("image_sha256")))
-        here = found.clustered[places] & (places >= 0)
-        rows, places = batch.filter(pa.array(here)), places[here]
-        if not len(places):
-            continue
-        centre = found.centre[places]
-        keys = digests_from_hex(rows.column("request_key"))
-        keep = (places == centre) & (keys == found.best_key[centre]).all(axis=1)
-        # The kept one is exact where its file was bought again.
-        exact = np.where(keep, found.purchases[centre] > 1, places == centre)
-        values: dict[str, Any] = {
-            **{name: rows.column(name) for name in (*columns, "image_sha256")},
-            "cluster": hex_from_digests(found.sha256[found.name[places]]),
-            "kind": pa.array(np.where(exact, "exact", "near")),
-            "keep": pa.array(keep),
-            "distance": pa.array(found.distance[places]),
-        }
-        arrays = [values[field.name].cast(field.type) for field in NEAR_DUPLICATES_SCHEMA]
-        parts.append(pa.Table.from_arrays(arrays, schema=NEAR_DUPLICATES_SCHEMA))
-    return pa.concat_tables(parts).sort_by(_ORDER)
+    batches = _stored(storage, names, [*_OF_MANIFEST, "image_sha256"])
+    return pa.concat_tables(
+        [NEAR_DUPLICATES_SCHEMA.empty_table(), *(_clustered(one, found) for one in batches)]
+    ).sort_by(_ORDER)
+
+
+def _clustered(batch: pa.RecordBatch, found: ImageClusters) -> pa.Table:
+    """Return the rows of a batch whose image is in a cluster."""
+    places = found.find(digests_from_hex(batch.column("image_sha256")))
+    here = found.clustered[places] & (places >= 0)
+    rows, places = batch.filter(pa.array(here)), places[here]
+    centre = found.centre[places]
+    keys = digests_from_hex(rows.column("request_key"))
+    keep = (places == centre) & (keys == found.best_key[centre]).all(axis=1)
+    # The kept one is exact where its file was bought again.
+    exact = np.where(keep, found.purchases[centre] > 1, places == centre)
+    values: dict[str, Any] = {
+        **{name: rows.column(name) for name in (*_OF_MANIFEST, "image_sha256")},
+        "cluster": hex_from_digests(found.sha256[found.name[places]]),
+        "kind": pa.array(np.where(exact, "exact", "near"), pa.string()),
+        "keep": pa.array(keep, pa.bool_()),
+        "distance": pa.array(found.distance[places]),
+    }
+    arrays = [values[field.name].cast(field.type) for field in NEAR_DUPLICATES_SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=NEAR_DUPLICATES_SCHEMA)
+
+
+def near_duplicates_of(rows: pa.Table, hashes: pa.Table, verdicts: Mapping[str, str]) -> pa.Table:
+    """Return the table for some rows of manifests, without reading or writing a file.
+
+    ``hashes`` has ``image_sha256`` and the measures of images.
+    """
+    hashed = pc.and_(_is_hash(rows["image_sha256"]), _is_hash(rows["request_key"]))
+    columns = [*_OF_MANIFEST, "image_sha256", "stored_at"]
+    batches = rows.filter(hashed).select(columns).combine_chunks().to_batches()
+    found = find_clusters(
+        map(_purchases_in, batches),
+        map(_hashes_in, hashes.combine_chunks().to_batches()),
+        verdicts,
+        most_bits=NEAR_BITS,
+        least_quality=LEAST_QUALITY,
+    )
+    return pa.concat_tables(
+        [NEAR_DUPLICATES_SCHEMA.empty_table(), *(_clustered(one, found) for one in batches)]
+    )
 
 
 def count_duplicates(table: pa.Table) -> DuplicateCounts:

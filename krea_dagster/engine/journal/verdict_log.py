@@ -15,7 +15,6 @@ and readers never wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -92,11 +91,14 @@ class VerdictLog(DatabaseLog):
                     # On one image, times have the order of the numbers, although the clocks of
                     # several machines may differ.
                     now = at if before is None or before.at is None else max(at, before.at)
-                    stored = replace(one.after(before), at=one.at or now)
+                    stored = one.after(before, one.at or now)
                     new[one.verdict_id] = last[one.image_sha256] = stored
             if new:
+                end = connection.execute(select(func.max(verdicts.c.number))).scalar() or 0
                 connection.execute(insert(verdicts), [_row(one) for one in new.values()])
-                known |= _by_id(connection, list(new))
+                # With the lock held, all later numbers are those of this commit.
+                added = connection.execute(_EVERY.where(verdicts.c.number > end))
+                known |= {row.verdict_id: _verdict(row) for row in added}
             return [known[one.verdict_id] for one in given]
 
         return self._database.write("write verdicts to", write)

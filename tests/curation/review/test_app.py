@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,7 +16,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from krea_dagster.curation.review.app import Review, ReviewSettings, name_in
+from krea_dagster.curation.review.app import Review, ReviewSettings
+from krea_dagster.curation.review.images import name_in
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.engine.storage.storage import Storage
@@ -175,6 +177,10 @@ def test_an_invalid_verdict_is_named_and_does_not_block_the_others(
         given(attempt=True),
         given(reviewer=" "),
         given(reason=["x"]),
+        given(note=7),
+        given(tag="not a list"),
+        given(tag=["a,b"]),
+        given(verdict=None, tag=[f"tag {at}" for at in range(51)]),
         {"verdict_id": "nothing else"},
     ]
     good = given(7)
@@ -230,12 +236,173 @@ def test_an_invalid_post_is_refused(
     assert answer.status_code == status
 
 
+# -- tags and notes ---------------------------------------------------------------------------
+
+
+def names_of(page: httpx.Client, **selection: Any) -> dict[str, Any]:
+    """Open a list, and return its name with its length as ``count``."""
+    text = json.dumps(selection)
+    answer = page.get("api/view", params={"selection": text})
+    assert answer.status_code == 200, answer.text
+    view: dict[str, Any] = answer.json()
+    return {"selection": text, **view}
+
+
+def test_a_tag_is_no_verdict_and_leaves_the_verdict_to_its_reviewer(
+    page: httpx.Client, project: ReviewProject
+) -> None:
+    number = page.get("api/start").json()["number"]
+    tag = given(20, verdict=None, tag=["night"], note="left hand", reviewer="grace")
+    posted = [given(20, verdict="reject", reason="Too dark"), tag]
+    answer = page.post("api/verdicts", json={"verdicts": posted}).json()
+    said = answer["verdicts"][1]
+    assert (said["verdict"], said["reviewer"], said["tags"]) == ("reject", "ada", ["night"])
+    assert said["verdict_id"] == tag["verdict_id"], "the page waits for its own id"
+    heard = page.get("api/since", params={"number": number}).json()["verdicts"]
+    assert [one["note"] for one in heard] == [None, "left hand"]
+    assert (history(project)[-1].annotates, history(project)[-1].reviewer) == (True, "grace")
+
+
+def test_rows_are_filtered_and_sorted_by_tags_notes_and_reviewer(page: httpx.Client) -> None:
+    posted = [
+        given(24, verdict=None, tag=["dusk", "boat"], note="see the eyes"),
+        given(25, verdict="keep", tag=["dusk"], reviewer="margaret"),
+        given(26, verdict="reject", reason="a reason of its own"),
+    ]
+    page.post("api/verdicts", json={"verdicts": posted})
+    for condition, count in (
+        (["tags", "has", "dusk"], 2),
+        (["tags", "has", "boat"], 1),
+        (["tags", "has not", "dusk"], ROWS - 2),
+        (["note", "contains", "EYES"], 1),
+        (["reviewer", "is", "margaret"], 1),
+        (["reason", "is", "a reason of its own"], 1),
+    ):
+        assert names_of(page, where=[condition])["count"] == count, condition
+    columns = {one["name"]: one for one in page.get("api/columns").json()["columns"]}
+    assert ["dusk", 2] in columns["tags"]["values"]
+    by_time = names_of(page, where=[["reviewer", "is not empty"]], sort="reviewed_at", down=True)
+    rows = page.get("api/rows", params={**by_time, "offset": 0, "limit": 1}).json()["rows"]
+    assert rows[0]["image_sha256"] in (sha256(25), sha256(26))
+
+
+def test_a_list_by_tags_does_not_move_when_a_tag_changes(page: httpx.Client) -> None:
+    page.post("api/verdicts", json={"verdicts": [given(30, verdict=None, tag=["steady"])]})
+    name = names_of(page, where=[["tags", "has", "steady"]])
+    page.post("api/verdicts", json={"verdicts": [given(30, verdict=None, untag=["steady"])]})
+    (row,) = page.get("api/rows", params={**name, "offset": 0, "limit": 9}).json()["rows"]
+    assert row["image_sha256"] == sha256(30)
+    assert row["verdict"]["tags"] == [], "but shows what is true now"
+    assert names_of(page, where=[["tags", "has", "steady"]])["count"] == 0
+
+
+# -- many images at once ----------------------------------------------------------------------
+
+
+def test_many_images_are_judged_in_one_commit_and_undone_in_one(
+    page: httpx.Client, project: ReviewProject
+) -> None:
+    name = names_of(page, where=[["status", "is", "stored"], ["campaign", "is", "campaign 6"]])
+    rows = page.get("api/rows", params={**name, "offset": 0, "limit": 500}).json()["rows"]
+    first = rows[0]["image_sha256"]
+    before = given() | {"image_sha256": first, "verdict": "flag", "tag": ["own"]}
+    page.post("api/verdicts", json={"verdicts": [before]})
+    length = len(history(project))
+    batch = {
+        **name, "batch_id": uuid4().hex, "reviewer": "ada", "verdict": "reject", "reason": "Dull",
+        "tag": ["dull"], "ranges": [[0, 2], [5, 5], [2, 3]],
+    }  # fmt: skip
+    for _ in range(2):  # as if the first answer was lost
+        answer = page.post("api/batch", json=batch)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["images"] == 5
+    written = history(project)[length:]
+    assert {one.image_sha256 for one in written} == {
+        rows[at]["image_sha256"] for at in (0, 1, 2, 3, 5)
+    }
+    assert {(one.verdict, one.reason, one.at) for one in written} == {
+        ("reject", "Dull", written[0].at)
+    }
+    later = given() | {"image_sha256": rows[5]["image_sha256"], "reviewer": "grace"}
+    page.post("api/verdicts", json={"verdicts": [later]})
+    undo = {"batch_id": uuid4().hex, "undo": batch["batch_id"], "reviewer": "ada"}
+    answer = page.post("api/batch", json=undo).json()
+    assert (answer["images"], answer["since"]) == (4, 1)
+    found = {
+        one["image_sha256"]: one["verdict"]
+        for one in page.get("api/rows", params={**name, "offset": 0, "limit": 9}).json()["rows"]
+    }
+    assert (found[first]["verdict"], found[first]["tags"]) == ("flag", ["own"])
+    assert (found[rows[1]["image_sha256"]]["verdict"]) == "none"
+    assert (found[rows[5]["image_sha256"]]["reviewer"]) == "grace", "a later verdict stays"
+
+
+def test_a_batch_of_tags_leaves_the_verdicts(page: httpx.Client, project: ReviewProject) -> None:
+    name = names_of(page, where=[["campaign", "is", "campaign 3"], ["status", "is", "stored"]])
+    batch = {**name, "batch_id": uuid4().hex, "reviewer": "ada", "ranges": [[0, name["count"] - 1]]}
+    page.post("api/batch", json={**batch, "verdict": None, "tag": ["set a"]})
+    tagged = names_of(page, where=[["tags", "has", "set a"]])
+    assert tagged["count"] == name["count"]
+    assert all(one.annotates for one in history(project)[-name["count"] :])
+    undo = {"batch_id": uuid4().hex, "undo": batch["batch_id"], "reviewer": "ada"}
+    assert page.post("api/batch", json=undo).json()["images"] == name["count"]
+    assert names_of(page, where=[["tags", "has", "set a"]])["count"] == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status"),
+    [
+        ({"generation": "another"}, 409),
+        ({"journal": "another"}, 409),
+        ({"batch_id": "x"}, 400),
+        ({"ranges": 7}, 400),
+        ({"ranges": [[0]]}, 400),
+        ({"ranges": [[-1, 2]]}, 400),
+        ({"number": None}, 400),
+        ({"verdict": "maybe"}, 400),
+        ({"reviewer": " "}, 400),
+        ({"tag": ["a;b"]}, 400),
+        ({"undo": "all"}, 400),
+    ],
+)
+def test_an_invalid_batch_is_refused_as_a_whole(
+    page: httpx.Client, project: ReviewProject, wrong: dict[str, Any], status: int
+) -> None:
+    before = len(history(project))
+    name = names_of(page)
+    batch = {
+        **name,
+        "batch_id": uuid4().hex,
+        "reviewer": "ada",
+        "verdict": "keep",
+        "ranges": [[0, 3]],
+    }
+    answer = page.post("api/batch", json={**batch, **wrong})
+    assert (answer.status_code, bool(answer.json()["error"])) == (status, True)
+    assert len(history(project)) == before
+
+
+def test_of_many_new_verdicts_a_page_is_told_to_read_its_rows_again(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "krea", rows=2400, subjects=1, measured=False)
+    server = Server(project)
+    headers = {"Origin": f"http://127.0.0.1:{server.port}"}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=120) as page:
+        name = names_of(page)
+        batch = {**name, "batch_id": uuid4().hex, "reviewer": "ada", "verdict": "keep"}
+        page.post("api/batch", json={**batch, "ranges": [[0, 2399]]})
+        said = page.get("api/since", params={"number": 0}).json()
+        assert (said["many"], said["verdicts"]) == (True, [])
+        assert said["number"] == len(history(project)) == 2400 - 2400 // 211
+    server.stop()
+
+
 def test_progress_counts_each_partition(page: httpx.Client) -> None:
+    before = page.get("api/progress").json()["partitions"][0]["flag"]
     page.post("api/verdicts", json={"verdicts": [given(1, verdict="flag")]})
     sums = page.get("api/progress").json()["partitions"]
     assert [one["partition_key"] for one in sums] == [f"bucket-{at:03d}" for at in range(8)]
     assert sum(one["images"] for one in sums) == ROWS - 1
-    assert sums[0]["flag"] == 1
+    assert sums[0]["flag"] == before + 1
 
 
 # -- rows and images --------------------------------------------------------------------------

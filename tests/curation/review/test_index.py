@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -15,8 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from krea_dagster.application.runner import open_runner
+from krea_dagster.curation.measures.cache import MeasureCache
 from krea_dagster.curation.review.index import ReviewIndex, build_index, files_version
+from krea_dagster.curation.review.measured_rows import words_on_similar
 from krea_dagster.curation.review.verdict_cache import VerdictView
+from krea_dagster.curation.similarity.near_duplicates import update_near_duplicates
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import VERDICTS, Verdict
@@ -222,10 +226,71 @@ def test_a_list_can_have_the_verdicts_of_an_earlier_number(tmp_path: Path) -> No
         assert words(2) == ["keep", "reject", "none"]
         assert words(0) == ["none", "none", "none"]
         assert words() == ["none", "reject", "keep"]
-        assert judged.of(sha256(0)) is None
+        assert words()[0] == "none"
+        assert judged.last_of(sha256(0)) == log.history(image_sha256=sha256(0))[-1]
         assert [one.number for one in judged.since(4)] == [5, 6]
         sums = judged.progress(index)
         assert sum(one["images"] for one in sums) == 16
         assert sum(one["keep"] for one in sums) == sum(one["reject"] for one in sums) == 1
         other = build_index(Storage(str(project.folder)), journal)
         assert np.array_equal(judged.codes(other), judged.codes(index))
+
+
+# -- measures and similar images before any table of them --------------------------------------
+
+
+def measured(project: ReviewProject, hashes: dict[int, tuple[bytes, int]]) -> None:
+    """Put measures into the cache, as a run does while it verifies images."""
+    cache = MeasureCache.builtin(Storage(str(project.folder)))
+    rows = [
+        (bytes.fromhex(sha256(number)), bits, quality, 100.0 + number, 0.5, 0.2, 7.0, 0.1, 0.0)
+        for number, (bits, quality) in hashes.items()
+    ]
+    columns = zip(*rows, strict=True)
+    arrays = [pa.array(one, field.type) for one, field in zip(columns, cache.schema, strict=True)]
+    cache.add(pa.Table.from_arrays(arrays, schema=cache.schema))
+
+
+def test_a_review_has_measures_and_similar_images_from_the_first_run_on(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    one, near, other = b"\x00" * 32, b"\x0f" + b"\x00" * 31, b"\xff" * 32
+    measured(project, {0: (one, 90), 5: (near, 90), 2: (other, 90), 3: (one, 20)})
+    with closing(Journal(project.journal_url)) as journal:
+        storage = Storage(str(project.folder))
+        index = build_index(storage, journal)
+        rows = {sha: at for at, sha in enumerate(index.table["image_sha256"].to_pylist())}
+        similar = {number: index.of_cluster(rows[sha256(number)]) for number in range(6)}
+        assert sorted(similar[0]) == sorted([rows[sha256(0)], rows[sha256(5)]])
+        assert [len(similar[number]) for number in (1, 2, 3, 4)] == [1, 1, 1, 1]
+        said = {
+            number: words_on_similar(index.whole_row(rows[sha256(number)]), len(similar[number]))
+            for number in range(4)
+        }
+        assert said == {
+            0: "Images that are nearly the same (colour is not compared)",
+            1: "Not compared yet: this image was not measured. Run krea-dagster curate.",
+            2: "No image is nearly the same as this one (colour is not compared).",
+            3: "Not compared: this image has too little structure.",
+        }
+        columns = {one["name"]: one for one in index.columns()}
+        assert columns["sharpness"]["range"] == [100.0, 105.0]
+        assert "perceptual_hash" not in columns
+        assert files_version(storage) == index.generation, "the cache is no new row"
+
+
+def test_a_table_of_duplicates_counts_until_new_images_come(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "krea", rows=16, subjects=1, measured=False)
+    measured(project, dict.fromkeys(range(3), (b"\x00" * 32, 90)))
+    storage = Storage(str(project.folder))
+    with closing(Journal(project.journal_url)) as journal:
+        update_near_duplicates(storage)  # without measures in tables: no similar images
+        assert "cluster" not in non_empty(build_index(storage, journal))
+        for file in (project.folder / "manifest").iterdir():
+            later = file.stat().st_mtime_ns + 10**10
+            os.utime(file, ns=(later, later))
+        assert "cluster" in non_empty(build_index(storage, journal))
+
+
+def non_empty(index: ReviewIndex) -> set[str]:
+    """The columns that have a value in some row."""
+    return {name for name in index.table.column_names if index.table[name].null_count < len(index)}

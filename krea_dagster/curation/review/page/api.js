@@ -13,12 +13,12 @@ export class Away extends Error {}
 
 const WAIT_MS = 20000;
 
-async function answered(path, options) {
+async function answered(path, options, wait_ms = WAIT_MS) {
   let answer;
   let said;
   try {
     const signal = AbortSignal.any([
-      AbortSignal.timeout(WAIT_MS),
+      AbortSignal.timeout(wait_ms),
       ...(options.signal ? [options.signal] : []),
     ]);
     answer = await fetch(path, { cache: "no-store", ...options, signal });
@@ -44,12 +44,9 @@ export function ask(name, parameters = {}, signal = undefined) {
   return answered(`api/${name}?${query}`, { signal });
 }
 
-export function post(name, value) {
-  return answered(`api/${name}`, {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(value),
-  });
+export function post(name, value, wait_ms = WAIT_MS) {
+  const headers = { "Content-Type": "application/json" };
+  return answered(`api/${name}`, { method: "POST", headers, body: JSON.stringify(value) }, wait_ms);
 }
 
 export const small = (sha256) => `small/${sha256}`;

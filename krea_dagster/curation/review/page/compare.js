@@ -87,6 +87,7 @@ export class Compare {
     const sign = el("span", { class: "sign", "aria-hidden": "true" });
     const which = [`Sample ${row.sample}`, `attempt ${row.attempt}`];
     if (row.earlier) which.push(`${row.size} ${row.quality}`, row.successor ? "replaced" : "its row is gone");
+    if (row.other_colours) which.push("other colours");
     const words = el("span", { class: "which" }, which.join(" · "));
     const said = el("span", { class: "said faint" });
     const root = el("div", { class: "pane", role: "option", id: `pane-${at}` }, view, el("div", { class: "under" }, sign, words, said));
@@ -104,7 +105,10 @@ export class Compare {
     const verdict = found?.verdict ?? "none";
     root.dataset.verdict = verdict;
     sign.textContent = SIGNS[verdict];
-    said.textContent = found ? `${WORDS[verdict]}${found.reason ? `: ${found.reason}` : ""} · ${found.reviewer}` : "No verdict";
+    const tags = this.#verdicts.about(row)?.tags ?? [];
+    const words = found ? `${WORDS[verdict]}${found.reason ? `: ${found.reason}` : ""} · ${found.reviewer}` : "No verdict";
+    said.textContent = tags.length ? `${words} · # ${tags.join(", ")}` : words;
+    said.title = said.textContent;
     root.setAttribute("aria-label", `${named(row)}, sample ${row.sample}. ${said.textContent}`);
   }
 
@@ -133,7 +137,7 @@ export class Compare {
     else if (key === "Enter") this.#dialog.close();
     // As in the grid: a key that is held down gives no verdict.
     else if (event.repeat && "krf".includes(key)) event.preventDefault();
-    else if ("krfun".includes(key) && key.length === 1) this.#act(key);
+    else if ("krfuten".includes(key) && key.length === 1) this.#act(key);
     else return;
     event.preventDefault();
     event.stopPropagation();

@@ -16,6 +16,20 @@ export const byId = (id) => document.getElementById(id);
 
 export const count = (number) => number.toLocaleString("en");
 
+/** Counts things in words: "1 image", "5,000 images". */
+export const many = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
+
+let noticed = 0;
+/** Shows and announces a text for some seconds. */
+export function notice(words) {
+  const bar = byId("notice");
+  bar.textContent = words;
+  bar.hidden = false;
+  say(words);
+  clearTimeout(noticed);
+  noticed = setTimeout(() => (bar.hidden = true), 6000);
+}
+
 /** Announces a text to screen readers, also when it is the same as before. */
 export function say(words) {
   const live = byId("live");

@@ -13,6 +13,8 @@ export const DEFAULT = {
   ],
 };
 const NAMES = { none: "No verdict", keep: "Kept", reject: "Rejected", flag: "Flagged" };
+/** What a column's name does not say. */
+const COLUMN_NAMES = { earlier: "earlier (replaced, or its row is gone)", attempt: "attempt (from 0)" };
 const WITHOUT_VALUE = new Set(["is empty", "is not empty"]);
 
 const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
@@ -75,7 +77,7 @@ export async function askFilter(selection, apply) {
     const first = ["sharpness", "partition_key"].find((name) => byName.has(name)) ?? columns[0].name;
     addLine([first, byName.get(first).operators[0]]).root.querySelector("select").focus();
   });
-  const sort = select("sort", ["", ...columns.map((one) => one.name)], selection.sort ?? "", { "": "as in the manifest" });
+  const sort = select("sort", ["", ...columns.map((one) => one.name)], selection.sort ?? "", { "": "as in the manifest", ...COLUMN_NAMES });
   const down = el("input", { type: "checkbox", id: "down" });
   down.checked = Boolean(selection.down);
   const wrong = el("p", { class: "wrong", role: "alert" });
@@ -94,6 +96,9 @@ export async function askFilter(selection, apply) {
       sort,
       el("label", { class: "choice" }, down, el("span", {}, "Largest first")),
     ),
+    byName.has("sharpness")
+      ? null
+      : el("p", { class: "faint" }, "There are no measures yet, such as sharpness: krea-dagster curate makes them."),
     wrong,
     el("footer", {}, reset, el("button", { type: "submit", class: "main" }, "Show")),
   );
@@ -127,7 +132,7 @@ let numbers = 0;
 
 function condition(columns, byName, column, operator, values, remove) {
   const id = `condition-${++numbers}`;
-  const which = select(`${id}-column`, columns.map((one) => one.name), column);
+  const which = select(`${id}-column`, columns.map((one) => one.name), column, COLUMN_NAMES);
   const slot = el("span", { class: "slot" });
   const away = el("button", { type: "button", class: "close", "aria-label": "Remove this condition" }, "✕");
   const root = el(

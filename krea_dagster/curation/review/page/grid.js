@@ -32,11 +32,15 @@ export class Grid extends EventTarget {
   #lastAt = 0;
   #fast = false;
 
-  constructor(root, list, verdicts) {
+  #picked;
+
+  constructor(root, list, verdicts, picked) {
     super();
     this.#root = root;
     this.#list = list;
     this.#verdicts = verdicts;
+    this.#picked = picked;
+    picked.addEventListener("picked", () => this.#later());
     this.place = 0;
     this.#space = el("div", { class: "space", role: "presentation" });
     root.append(this.#space);
@@ -110,7 +114,7 @@ export class Grid extends EventTarget {
     this.show();
   }
 
-  /** Selects a place, and scrolls it into the window. */
+  /** Goes to a place, and scrolls it into the window. */
   choose(place) {
     if (!this.#list.count) return;
     const before = this.place;
@@ -229,9 +233,11 @@ export class Grid extends EventTarget {
       const image = el("img", { alt: "", decoding: "async", draggable: "false" });
       const sign = el("span", { class: "sign", "aria-hidden": "true" });
       const words = el("span", { class: "words" });
+      const marks = el("span", { class: "marks", "aria-hidden": "true" });
+      const tick = el("span", { class: "tick", "aria-hidden": "true" });
       const cell = el("div", { class: "cell", role: "gridcell", "aria-colindex": column + 1 });
-      cell.append(image, words, sign);
-      Object.assign(cell, { image, sign, words, place: -1, row: undefined, sha256: undefined });
+      cell.append(image, words, sign, marks, tick);
+      Object.assign(cell, { image, sign, words, marks, place: -1, row: undefined, sha256: undefined });
       image.addEventListener("error", () => {
         if (image.hasAttribute("src")) cell.classList.add("broken");
       });
@@ -249,8 +255,8 @@ export class Grid extends EventTarget {
       cell.place = place;
       cell.id = `place-${place}`;
       cell.hidden = beyond;
-      this.#choice(cell);
     }
+    this.#choice(cell);
     if (cell.row !== row || row === undefined) {
       cell.row = row;
       const sha256 = row?.image_sha256 ?? undefined;
@@ -270,8 +276,13 @@ export class Grid extends EventTarget {
 
   #choice(cell) {
     const chosen = cell.place === this.place;
+    const picked = this.#picked.has(cell.place);
+    const selected = this.#picked.size ? picked : chosen;
+    if (cell.chosen === chosen && cell.picked === picked && cell.selected === selected) return;
+    Object.assign(cell, { chosen, picked, selected });
     cell.classList.toggle("chosen", chosen);
-    cell.setAttribute("aria-selected", chosen);
+    cell.classList.toggle("ticked", picked);
+    cell.setAttribute("aria-selected", selected);
   }
 
   #verdict(cell) {
@@ -281,14 +292,30 @@ export class Grid extends EventTarget {
       cell.dataset.verdict = verdict;
       cell.sign.textContent = SIGNS[verdict];
     }
+    const about = row ? this.#verdicts.about(row) : null;
+    const tags = about?.tags ?? [];
+    const marks = [row?.earlier ? "earlier" : "", tags.length ? `# ${tags.length}` : "", about?.note ? "✎" : ""].filter(Boolean).join("  ");
+    if (cell.marks.textContent !== marks) cell.marks.textContent = marks;
     const place = `${count(cell.place + 1)} of ${count(this.#list.count)}`;
-    const label = row ? `${named(row)}. ${WORDS[verdict]}. ${place}` : `Loading. ${place}`;
+    const said = `${row?.earlier ? "Earlier. " : ""}${WORDS[verdict]}. ${tags.length ? `Tags: ${tags.join(", ")}. ` : ""}${about?.note ? "Has a note. " : ""}`;
+    const label = row ? `${named(row)}. ${said}${place}` : `Loading. ${place}`;
     cell.setAttribute("aria-label", label);
   }
 
   #clicked(event) {
     const cell = event.target.closest(".cell");
-    if (cell && !cell.hidden) this.choose(cell.place);
+    if (cell && !cell.hidden) {
+      const { place } = cell;
+      // A finger has no Shift: once an image is selected, a tap selects or deselects.
+      const taps = event.pointerType === "touch" && this.#picked.size > 0;
+      if (event.shiftKey) this.#picked.extend(place);
+      else if (event.ctrlKey || event.metaKey || taps) this.#picked.toggle(place);
+      else {
+        this.#picked.clear();
+        this.#picked.anchor = place;
+      }
+      this.choose(place);
+    }
     this.#root.focus({ preventScroll: true });
   }
 }

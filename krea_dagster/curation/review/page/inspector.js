@@ -14,7 +14,7 @@ const FACTS = [
 const ELSEWHERE = new Set([
   ...FACTS.map(([name]) => name),
   ...["prompt", "image_sha256", "perceptual_hash", "width", "height", "sample", "attempt", "model"],
-  ...["image_path", "task_id", "run_id", "request_key", "billing_rule", "user_group", "earlier"],
+  ...["image_path", "task_id", "run_id", "request_key", "billing_rule", "user_group", "earlier", "successor"],
 ]);
 
 export function when(text) {
@@ -33,25 +33,30 @@ export class Inspector {
   #list;
   #verdicts;
   #row;
+  #untag;
   #stop = new AbortController();
   #parts;
   #later = quiet(140, () => this.#fetch());
 
-  constructor(root, list, verdicts) {
+  /** `untag` is called with a row and a tag to remove. */
+  constructor(root, list, verdicts, untag) {
+    this.#untag = untag;
     this.#root = root;
     this.#list = list;
     this.#verdicts = verdicts;
     const image = el("img", { alt: "", decoding: "async" });
     const verdict = el("p", { class: "present" });
+    const tags = el("ul", { class: "tags", "aria-label": "Tags" });
+    const note = el("p", { class: "note" });
     const prompt = el("p", { class: "prompt" });
     const facts = el("dl", { class: "facts" });
     const history = el("ol", { class: "history" });
     const further = el("dl", { class: "facts" });
     const more = el("details", {}, el("summary", {}, "All columns"), further);
     const past = el("section", {}, el("h3", {}, "Verdicts"), history);
-    this.#parts = { image, verdict, prompt, facts, history, further, more, past };
+    this.#parts = { image, verdict, tags, note, prompt, facts, history, further, more, past };
     const frame = el("div", { class: "frame" }, image);
-    const words = el("div", { class: "about", tabindex: "0", role: "group" }, verdict, prompt, facts, past, more);
+    const words = el("div", { class: "about", tabindex: "0", role: "group" }, verdict, tags, note, prompt, facts, past, more);
     words.setAttribute("aria-label", "About the image");
     root.append(el("h2", { class: "hidden" }, "The selected image"), frame, words);
     image.addEventListener("load", () => image.classList.add("there"));
@@ -79,9 +84,14 @@ export class Inspector {
   }
 
   verdict() {
-    const { verdict } = this.#parts;
+    const { verdict, tags, note } = this.#parts;
     const row = this.#row;
     const found = row ? this.#verdicts.of(row) : null;
+    const about = row ? this.#verdicts.about(row) : null;
+    tags.hidden = !about?.tags?.length;
+    tags.replaceChildren(...(about?.tags ?? []).map((tag) => this.#tag(row, tag)));
+    note.hidden = !about?.note;
+    note.textContent = about?.note ?? "";
     verdict.dataset.verdict = found?.verdict ?? "none";
     if (!row) verdict.textContent = "";
     else if (!found) verdict.textContent = row.image_sha256 ? "No verdict yet" : "No image";
@@ -89,6 +99,12 @@ export class Inspector {
       const why = found.reason ? `: ${found.reason}` : "";
       verdict.textContent = `${SIGNS[found.verdict]} ${WORDS[found.verdict]}${why} · ${found.reviewer}`;
     }
+  }
+
+  #tag(row, tag) {
+    const remove = el("button", { type: "button", "aria-label": `Remove the tag ${tag}` }, "✕");
+    remove.addEventListener("click", () => this.#untag(row, tag));
+    return el("li", {}, tag, remove);
   }
 
   async #fetch() {
@@ -107,6 +123,7 @@ export class Inspector {
     const all = found.row;
     prompt.textContent = all.prompt;
     const which = [`sample ${all.sample}`, all.attempt ? `attempt ${all.attempt}` : ""];
+    if (all.earlier) which.push(all.successor ? "replaced by a later image" : "its row is gone");
     facts.replaceChildren(
       ...pair("Image", all.width ? `${all.width} × ${all.height} px, ${all.image_format ?? ""}` : "–"),
       ...pair("Which", which.filter(Boolean).join(", ")),
@@ -127,11 +144,15 @@ function pair(name, value) {
 }
 
 function said(one) {
-  const words = one.verdict === "none" ? "Taken back" : WORDS[one.verdict];
-  const why = one.reason ? `: ${one.reason}` : "";
+  let words = one.verdict === "none" ? "Taken back" : WORDS[one.verdict];
+  let why = one.reason ? `: ${one.reason}` : "";
+  if (one.annotates) {
+    words = one.tags.length ? `Tagged ${one.tags.join(", ")}` : "Tags and note";
+    why = one.note ? `. ${one.note}` : "";
+  }
   return el(
     "li",
-    { "data-verdict": one.verdict },
+    { "data-verdict": one.annotates ? "none" : one.verdict },
     el("span", {}, `${words}${why}`),
     el("span", { class: "faint" }, `${one.reviewer}, ${when(one.at)}`),
   );

@@ -16,6 +16,7 @@ export class List extends EventTarget {
     this.selection = {};
     this.pages = new Map();
     this.asked = new Map();
+    this.stale = new Set();
     this.opened = 0;
   }
 
@@ -28,6 +29,7 @@ export class List extends EventTarget {
     for (const one of this.asked.values()) one.abort();
     this.asked.clear();
     this.pages.clear();
+    this.stale.clear();
     this.selection = selection;
     this.name = { selection: text, number: found.number, generation: found.generation };
     this.count = found.count;
@@ -36,6 +38,11 @@ export class List extends EventTarget {
 
   row(place) {
     return this.pages.get(Math.floor(place / PAGE))?.[place % PAGE];
+  }
+
+  /** Fetches the rows again that are drawn next: many verdicts have changed. */
+  reload() {
+    this.stale = new Set(this.pages.keys());
   }
 
   /** Fetches the rows between two places, and the pages next to them. */
@@ -58,7 +65,7 @@ export class List extends EventTarget {
     }
     for (const page of wanted) {
       if (this.asked.size >= AT_ONCE) break;
-      if (!this.pages.has(page) && !this.asked.has(page)) this.#fetch(page);
+      if ((!this.pages.has(page) || this.stale.has(page)) && !this.asked.has(page)) this.#fetch(page);
     }
   }
 
@@ -73,6 +80,7 @@ export class List extends EventTarget {
         row.place = page * PAGE + at;
       });
       this.pages.set(page, found.rows);
+      this.stale.delete(page);
       this.#forget();
       this.dispatchEvent(new CustomEvent("rows", { detail: found.rows }));
     } catch (error) {
@@ -98,8 +106,9 @@ export class List extends EventTarget {
     return ask("row", { generation: this.name.generation, row: row.row }, signal);
   }
 
-  async siblings(row, by) {
-    return (await ask("siblings", { generation: this.name.generation, row: row.row, by })).rows;
+  /** Returns the rows of the same prompt, or the similar ones, and what is to be said of them. */
+  siblings(row, by) {
+    return ask("siblings", { generation: this.name.generation, row: row.row, by });
   }
 
   #forget() {

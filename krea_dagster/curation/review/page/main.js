@@ -2,25 +2,29 @@
 
 import { Away, Refused, ask } from "./api.js";
 import { Compare } from "./compare.js";
-import { askName, askWhy, meter, showHelp, showProgress } from "./dialogs.js";
-import { WORDS, byId, count, el, named, quiet, say } from "./dom.js";
+import { askName, askNote, askTags, askWhy, meter, showHelp, showProgress } from "./dialogs.js";
+import { WORDS, byId, count, el, many, named, notice, quiet, say } from "./dom.js";
 import { DEFAULT, askFilter, fromAddress, inWords, toAddress } from "./filters.js";
 import { Grid } from "./grid.js";
 import { Inspector } from "./inspector.js";
 import { List } from "./list.js";
+import { Picked } from "./picked.js";
 import { Verdicts } from "./verdicts.js";
 
 const NAME_KEY = "krea-review:name";
 
 const list = new List();
 const verdicts = new Verdicts();
-const grid = new Grid(byId("grid"), list, verdicts);
-const inspector = new Inspector(byId("inspector"), list, verdicts);
+const picked = new Picked();
+const grid = new Grid(byId("grid"), list, verdicts, picked);
+const inspector = new Inspector(byId("inspector"), list, verdicts, (row, tag) => verdicts.annotate(row, { untag: [tag] }));
 const compare = new Compare(verdicts, act);
 let start = { reasons: [] };
 let partitions = [];
 
 const chosen = () => (compare.isOpen ? compare.row : list.row(grid.place));
+/** Whether an action is for the selected images, instead of for the current one. */
+const forPicked = () => picked.size > 0 && !compare.isOpen;
 
 // -- errors and saving ------------------------------------------------------------------------
 
@@ -82,6 +86,8 @@ async function asking(work) {
 
 async function show(selection, place = 0) {
   if (!(await list.open(selection))) return;
+  picked.clear();
+  picked.anchor = place;
   toAddress(selection);
   byId("filter-text").textContent = inWords(selection);
   byId("nothing").hidden = list.count > 0;
@@ -95,7 +101,7 @@ function showChosen() {
   const row = list.row(grid.place);
   inspector.show(row);
   const judged = Boolean(chosen()?.image_sha256);
-  for (const button of document.querySelectorAll("[data-needs-image]")) button.disabled = !judged;
+  for (const button of document.querySelectorAll("[data-needs-image]")) button.disabled = !judged && !forPicked();
   for (const button of document.querySelectorAll("[data-key=u]")) button.disabled = !verdicts.canUndo;
 }
 
@@ -107,9 +113,18 @@ function showProgressBar() {
   byId("progress-text").textContent = `${count(judged)} of ${count(sum.images)} reviewed`;
 }
 
+/** Counts a verdict at once; the server's numbers follow when it is saved. */
+function countVerdict({ row, before, after }) {
+  const partition = partitions.find((one) => one.partition_key === row.partition_key);
+  if (!partition || row.earlier) return;
+  if (before) partition[before.verdict] -= 1;
+  if (after) partition[after.verdict] += 1;
+  showProgressBar();
+}
+
 async function refreshProgress() {
   const found = await asking(() => ask("progress"));
-  if (!found) return;
+  if (!found || verdicts.waiting) return;
   ({ partitions } = found);
   showProgressBar();
 }
@@ -132,23 +147,101 @@ function give(row, verdict, reason = null) {
   onward();
 }
 
-function reject(row) {
-  askWhy(start.reasons, (reason) => give(row, "reject", reason));
+/** Says the same of all selected images, in one commit. A verdict ends the selection. */
+async function giveAll(said, words) {
+  notice(`Saving ${many(picked.size, "image")} …`);
+  await verdicts.settled();
+  const images = await asking(() => verdicts.batch(list.name, picked.ranges(), said));
+  if (images === undefined) return;
+  notice(`${words}: ${many(images, "image")}. U undoes it.`);
+  if (said.verdict) picked.clear();
+  readAgain();
 }
 
-function undo() {
-  const row = verdicts.undo();
-  if (!row) {
-    say("There is nothing to undo");
-    return;
+/** Reads the rows again whose verdicts were not told one by one. */
+function readAgain() {
+  list.reload();
+  grid.draw();
+  refreshProgress();
+}
+
+function judge(verdict, reason = null) {
+  if (forPicked()) giveAll({ verdict, reason }, WORDS[verdict]);
+  else give(chosen(), verdict, reason);
+}
+
+function reject() {
+  const title = forPicked() ? `Why reject ${many(picked.size, "image")}?` : "Why reject it?";
+  askWhy(title, start.reasons, (reason) => judge("reject", reason));
+}
+
+/** The rows that an action is for, as far as they are loaded. */
+function targets() {
+  return forPicked() ? picked.places().map((place) => list.row(place)).filter(Boolean) : [chosen()];
+}
+
+let knownTags = [];
+/** The tags in use are read beforehand: the dialog opens at once, so that no letter is lost. */
+async function learnTags() {
+  knownTags = (await asking(() => ask("tags")))?.tags ?? knownTags;
+}
+
+function tag() {
+  const title = forPicked() ? `Tags of ${many(picked.size, "image")}` : "Tags";
+  const tags = targets().map((row) => verdicts.about(row)?.tags ?? []);
+  askTags(title, tags, knownTags, (change) => {
+    for (const one of change.tag) if (!knownTags.some(([tag_]) => tag_ === one)) knownTags.push([one, 1]);
+    const words = [...change.tag, ...change.untag.map((one) => `without ${one}`)].join(", ");
+    if (forPicked()) giveAll({ verdict: null, ...change }, `Tagged ${words}`);
+    else {
+      verdicts.annotate(chosen(), change);
+      say(`Tagged ${words}. ${named(chosen())}`);
+    }
+  });
+  learnTagsSoon(); // those of others, for the next time
+}
+const learnTagsSoon = quiet(2000, learnTags);
+
+function note() {
+  const title = forPicked() ? `Note on ${many(picked.size, "image")}` : "Note";
+  askNote(title, forPicked() ? "" : (verdicts.about(chosen())?.note ?? ""), (text) => {
+    if (forPicked()) giveAll({ verdict: null, note: text }, "Noted");
+    else verdicts.annotate(chosen(), { note: text });
+  });
+}
+
+async function undo() {
+  const done = await asking(() => verdicts.undo());
+  if (done === undefined) return;
+  if (done === null) say("There is nothing to undo");
+  else if (done.images !== undefined) {
+    const since = done.since ? ` ${many(done.since, "image")} have a later verdict, which stays.` : "";
+    notice(`Undone: ${many(done.images, "image")}.${since}`);
+    readAgain();
+  } else if (done.since) say(`Not undone: ${done.since} has given a later verdict. ${named(done)}`);
+  else {
+    say(`Undone. ${named(done)}`);
+    if (compare.isOpen) compare.choose(done);
+    else if (list.row(done.place)?.row === done.row) grid.choose(done.place);
   }
-  if (row.since) {
-    say(`Not undone: ${row.since} has given a later verdict. ${named(row)}`);
-    return;
+  showChosen();
+}
+
+function pick() {
+  picked.toggle(grid.place);
+}
+
+function showPicked() {
+  const { size } = picked;
+  byId("picked").hidden = !size;
+  if (size) {
+    byId("picked-text").textContent = `${count(size)} selected`;
+    byId("picked-all").textContent = `Select all ${count(list.count)}`;
+    byId("picked-all").hidden = size === list.count;
   }
-  say(`Undone. ${named(row)}`);
-  if (compare.isOpen) compare.choose(row);
-  else if (list.row(row.place)?.row === row.row) grid.choose(row.place);
+  byId("actions").setAttribute("aria-label", size ? `Verdict on ${many(size, "selected image")}` : "Verdict on the selected image");
+  if (size || !byId("picked").hidden) say(`${count(size)} selected`);
+  showChosen();
 }
 
 async function next() {
@@ -176,11 +269,18 @@ async function next() {
 async function compareWith(by) {
   const row = list.row(grid.place);
   if (!row) return;
-  const rows = await asking(() => list.siblings(row, by));
-  if (!rows) return;
-  verdicts.learnFrom(rows);
-  const words = by === "cluster" ? "Similar images" : "Samples and attempts";
-  compare.show(rows, row, words, () => buttons(["k", "r", "f", "u"]));
+  let found;
+  const loaded = targets();
+  if (by === "prompt" && forPicked() && loaded.length > 1) found = { rows: loaded, words: "Selected images" };
+  else found = await asking(() => list.siblings(row, by));
+  if (!found) return;
+  if (by === "cluster" && found.rows.length < 2) {
+    notice(found.words);
+    return;
+  }
+  verdicts.learnFrom(found.rows);
+  const shown = found.rows.find((one) => one.row === row.row) ?? found.rows[0];
+  compare.show(found.rows, shown, found.words, () => buttons(["k", "r", "f", "t", "e", "u"]));
   showChosen();
 }
 
@@ -209,20 +309,21 @@ function openName() {
 }
 
 const ACTIONS = {
-  k: ["Keep", (row) => give(row, "keep"), true],
+  k: ["Keep", () => judge("keep"), true],
   r: ["Reject", reject, true],
-  f: ["Flag", (row) => give(row, "flag"), true],
+  f: ["Flag", () => judge("flag"), true],
+  t: ["Tag", tag, true],
+  e: ["Note", note, true],
+  x: ["Select", pick],
   u: ["Undo", undo],
-  n: ["Next open", next],
+  n: ["Next", next],
   Enter: ["Compare", () => compareWith("prompt")],
 };
 
 function act(key) {
   const [, run, needsImage] = ACTIONS[key];
-  const row = chosen();
-  if (!needsImage) run();
-  else if (row?.image_sha256) run(row);
-  else say("There is no image to review");
+  if (needsImage && !forPicked() && !chosen()?.image_sha256) say("There is no image to review");
+  else run();
 }
 
 function buttons(keys) {
@@ -242,6 +343,9 @@ function buttons(keys) {
 
 const page = () => Math.max(1, grid.lines - 1) * grid.columns;
 const KEYS = {
+  " ": () => act("x"),
+  a: () => picked.all(list.count),
+  Escape: () => picked.clear(),
   ArrowLeft: () => move(-1),
   ArrowRight: () => move(1),
   ArrowUp: () => grid.place >= grid.columns && move(-grid.columns),
@@ -258,24 +362,30 @@ const KEYS = {
   "-": () => grid.resize(-1),
   d: () => compareWith("cluster"),
   p: openProgress,
-  ...Object.fromEntries(["k", "r", "f", "u", "n"].map((key) => [key, () => act(key)])),
+  ...Object.fromEntries(["k", "r", "f", "t", "e", "x", "u", "n"].map((key) => [key, () => act(key)])),
 };
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (document.querySelector("dialog[open]")) return;
   const { target, key } = event;
+  if (event.altKey || document.querySelector("dialog[open]")) return;
   if (target.matches("input, textarea, select")) return;
   const letter = key.length === 1 ? key.toLowerCase() : key;
+  if ((event.ctrlKey || event.metaKey) && letter !== "a") return;
   // A key that is held down would judge images that were not seen.
-  if (event.repeat && "krf".includes(letter)) return;
+  if (event.repeat && "krfx ".includes(letter)) return;
   const run = KEYS[letter];
   const onControl = target.matches("button, summary, .about");
   // A control keeps the keys it needs; letters work wherever the focus is.
-  if (!run || (onControl && key.length > 1)) return;
+  if (!run || (onControl && (key.length > 1 || key === " "))) return;
   event.preventDefault();
+  const before = grid.place;
   run();
+  if (MOVES.has(key) && grid.place !== before) {
+    if (event.shiftKey) picked.extend(grid.place);
+    else picked.anchor = grid.place;
+  }
 });
+const MOVES = new Set(["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "PageUp", "PageDown", "Home", "End"]);
 
 // -- events ----------------------------------------------------------------------------------
 
@@ -299,6 +409,9 @@ verdicts.addEventListener("verdicts", ({ detail }) => {
   showSavedSoon();
   refreshProgressSoon();
 });
+verdicts.addEventListener("given", ({ detail }) => countVerdict(detail));
+verdicts.addEventListener("many", readAgain);
+picked.addEventListener("picked", showPicked);
 verdicts.addEventListener("saved", () => {
   showSavedSoon();
   back();
@@ -317,8 +430,10 @@ byId("nothing-button").addEventListener("click", () => asking(() => show(DEFAULT
 byId("filter-button").addEventListener("click", openFilter);
 byId("progress-button").addEventListener("click", openProgress);
 byId("reviewer-button").addEventListener("click", openName);
+byId("picked-all").addEventListener("click", () => picked.all(list.count));
+byId("picked-none").addEventListener("click", () => picked.clear());
 byId("help-button").addEventListener("click", showHelp);
-byId("actions").append(...buttons(["k", "r", "f", "u", "n", "Enter"]));
+byId("actions").append(...buttons(Object.keys(ACTIONS)));
 
 async function begin() {
   const first = show(fromAddress()).catch((error) => {
@@ -340,7 +455,7 @@ async function begin() {
   verdicts.start(start.journal, start.number);
   await first;
   byId("grid").focus({ preventScroll: true });
-  await refreshProgress();
+  await Promise.all([refreshProgress(), learnTags()]);
 }
 
 asking(begin);

@@ -12,10 +12,21 @@ const LONGEST_POST = 200_000;
 const POLL_MS = 1500;
 const POLL_HIDDEN_MS = 15000;
 const MOST_UNDO = 1000;
+/** A batch of 100,000 images takes half a minute, on a busy machine several. */
+const BATCH_MS = 900000;
 
 function newId() {
   const bytes = crypto.getRandomValues(new Uint8Array(16));
   return Array.from(bytes, (one) => one.toString(16).padStart(2, "0")).join("");
+}
+
+/** Returns what holds once an entry is saved; without a verdict, the one before stays. */
+function shown(entry, before) {
+  const kept = before?.tags ?? [];
+  const tags = [...new Set([...kept, ...(entry.tag ?? [])])].filter((one) => !entry.untag?.includes(one));
+  const note = (entry.note ?? before?.note) || null;
+  const { verdict, reason, reviewer } = entry.verdict === null ? { verdict: "none", ...before } : entry;
+  return { ...entry, verdict, reason, reviewer, note, tags: tags.sort() };
 }
 
 export class Verdicts extends EventTarget {
@@ -46,7 +57,7 @@ export class Verdicts extends EventTarget {
     this.number = number;
     for (const entry of this.#left()) {
       this.#waiting.set(entry.verdict_id, entry);
-      this.#pending.set(entry.image_sha256, entry);
+      this.#pending.set(entry.image_sha256, shown(entry, this.#pending.get(entry.image_sha256)));
     }
     addEventListener("online", () => this.#flush());
     document.addEventListener("visibilitychange", () => this.#poll());
@@ -67,9 +78,13 @@ export class Verdicts extends EventTarget {
 
   /** Returns the verdict on a row's image, or null. */
   of(row) {
-    if (!row?.image_sha256) return null;
-    const found = this.#last(row);
+    const found = this.about(row);
     return found?.verdict === "none" ? null : found;
+  }
+
+  /** Returns what was said last of a row's image: a verdict, maybe `none`, with tags and note. */
+  about(row) {
+    return row?.image_sha256 ? this.#last(row) : null;
   }
 
   /** Returns the last known verdict on a row's image, including one that takes another back. */
@@ -83,10 +98,28 @@ export class Verdicts extends EventTarget {
   }
 
   give(row, verdict, reason = null) {
-    const before = this.of(row);
-    this.#given.push({ row, before });
+    this.#remember({ row, before: this.about(row) });
+    this.#enter(row, { verdict, reason });
+  }
+
+  /** Adds and removes tags of an image, or sets its note; its verdict stays. */
+  annotate(row, { tag = [], untag = [], note = null }) {
+    this.#remember({ row, before: this.about(row), annotates: true });
+    this.#enter(row, { verdict: null, tag, untag, note });
+  }
+
+  /** Says the same of the images at some places of a list, in one commit; returns their number. */
+  async batch(name, ranges, said) {
+    const batch_id = newId();
+    const posted = { ...name, ...said, ranges, batch_id, reviewer: this.reviewer, journal: this.#journal };
+    const { images } = await post("batch", posted, BATCH_MS);
+    this.#remember({ batch: batch_id });
+    return images;
+  }
+
+  #remember(given) {
+    this.#given.push(given);
     if (this.#given.length > MOST_UNDO) this.#given.shift();
-    this.#enter(row, verdict, reason);
   }
 
   /** Waits until all verdicts are saved, or the server is unavailable. */
@@ -110,24 +143,42 @@ export class Verdicts extends EventTarget {
   }
 
   /**
-   * Restores the verdict before the last one given here, and returns its row. Where somebody else
-   * has judged the image since, their verdict stays, and `since` names them.
+   * Restores what was said before the last thing done here, and returns its row, or for a batch the
+   * number of images. Where somebody else has said something since, that stays, and `since` names
+   * them, or is their number.
    */
-  undo() {
+  async undo() {
     const last = this.#given.pop();
     if (!last) return null;
-    const now = this.#last(last.row);
-    if (now && !this.#own.has(now.verdict_id)) return { ...last.row, since: now.reviewer };
-    this.#enter(last.row, last.before?.verdict ?? "none", last.before?.reason ?? null);
-    return last.row;
+    if (last.batch) {
+      const posted = { undo: last.batch, batch_id: newId(), reviewer: this.reviewer, journal: this.#journal };
+      try {
+        return await post("batch", posted, BATCH_MS);
+      } catch (error) {
+        this.#given.push(last);
+        throw error;
+      }
+    }
+    const { row, before, annotates } = last;
+    const now = this.#last(row);
+    if (now && !this.#own.has(now.verdict_id)) return { ...row, since: now.reviewer };
+    if (annotates) {
+      const tags = { before: before?.tags ?? [], now: now?.tags ?? [] };
+      this.#enter(row, {
+        verdict: null,
+        tag: tags.before.filter((one) => !tags.now.includes(one)),
+        untag: tags.now.filter((one) => !tags.before.includes(one)),
+        note: before?.note ?? "",
+      });
+    } else this.#enter(row, { verdict: before?.verdict ?? "none", reason: before?.reason ?? null });
+    return row;
   }
 
-  #enter(row, verdict, reason) {
+  #enter(row, said) {
     const entry = {
       verdict_id: newId(),
       image_sha256: row.image_sha256,
-      verdict,
-      reason,
+      ...said,
       reviewer: this.reviewer,
       request_key: row.request_key,
       prompt_id: row.prompt_id,
@@ -144,7 +195,9 @@ export class Verdicts extends EventTarget {
     } catch {
       // Full or forbidden: it is still in the page's memory.
     }
-    this.#pending.set(row.image_sha256, entry);
+    const before = this.of(row);
+    this.#pending.set(row.image_sha256, shown(entry, this.about(row)));
+    this.dispatchEvent(new CustomEvent("given", { detail: { row, before, after: this.of(row) } }));
     this.#changed([row.image_sha256]);
     this.#flush();
   }
@@ -199,7 +252,7 @@ export class Verdicts extends EventTarget {
   #drop(id) {
     const entry = this.#waiting.get(id);
     this.#waiting.delete(id);
-    if (this.#pending.get(entry?.image_sha256) === entry) this.#pending.delete(entry?.image_sha256);
+    if (this.#pending.get(entry?.image_sha256)?.verdict_id === id) this.#pending.delete(entry.image_sha256);
     try {
       localStorage.removeItem(this.#prefix + id);
     } catch {
@@ -237,6 +290,7 @@ export class Verdicts extends EventTarget {
       this.number = found.number;
       const news = found.verdicts.filter((one) => this.#learn(one));
       if (news.length) this.#changed(news.map((one) => one.image_sha256));
+      if (found.many) this.dispatchEvent(new Event("many"));
       this.dispatchEvent(new CustomEvent("heard", { detail: found.generation }));
       if (this.#waiting.size) this.#flush();
     } catch (error) {
