@@ -42,6 +42,11 @@ class ProjectHarness:
             self.rows[name].append(value)
         write_table(self.folder / "prompts.parquet", self.rows)
 
+    def remove_bucket(self, bucket: str) -> None:
+        kept = [at for at, name in enumerate(self.rows["bucket"]) if name != bucket]
+        self.rows = {name: [values[at] for at in kept] for name, values in self.rows.items()}
+        write_table(self.folder / "prompts.parquet", self.rows)
+
     def materialize(
         self, partitions: Sequence[str] = (), options: BuyOptions | None = None
     ) -> Materialized:
@@ -198,3 +203,17 @@ def test_images_that_were_delivered_without_dagster_are_shown_in_dagster_by_a_ru
     (code,) = project.materialize().missing["error_code"].to_pylist()
     Krea(project.settings).run(options=BuyOptions(retry_errors=[code]))
     assert project.run_partitions(project.materialize()) == [["b"]]
+
+
+def test_the_manifest_of_a_partition_that_left_the_table_is_left_out(
+    project: ProjectHarness,
+) -> None:
+    """By the command, also if no partition needs a run, and by a run of another partition."""
+    project.materialize()
+    project.remove_bucket("c")
+    assert project.materialize().run_ids == []
+    assert [project.manifest(bucket).exists() for bucket in BUCKETS] == [True, True, False]
+    project.remove_bucket("b")
+    assert len(project.materialize(["a"]).run_ids) == 1
+    assert [project.manifest(bucket).exists() for bucket in BUCKETS] == [True, False, False]
+    assert sorted(Krea(project.settings).earlier()["prompt_id"]) == ["b0", "b1", "c0", "c1"]
