@@ -48,8 +48,16 @@ def earlier_images(storage: Storage, journal: Journal) -> pa.Table:
     JournalError.
     """
     present, made_for = present_rows(storage)
-    stored = as_array(files_in_root(journal, journal.roots.id_of(storage))["request_key"])
-    keys = stored.filter(pc.invert(pc.is_in(stored, value_set=as_array(present["request_key"]))))
+    listed = as_array(present["request_key"])
+    root_id = journal.roots.id_of(storage)
+    keys = _without(files_in_root(journal, root_id), listed)["request_key"]
+    if storage.folder is not None:  # a copy of a folder has files that the journal has elsewhere
+        others = _without(files_in_root(journal, root_id, elsewhere=True), listed)
+        others = _without(others, as_array(keys))
+        sizes = storage.sizes_bytes(others["image_path"].to_pylist())
+        here = pa.array([size is not None for size in sizes], pa.bool_())
+        keys = pa.chunked_array([*keys.chunks, *others["request_key"].filter(here).chunks])
+    keys = pc.unique(keys)
     kept = earlier_rows(storage)
     if not len(keys):
         return _empty()
@@ -78,6 +86,10 @@ def earlier_images(storage: Storage, journal: Journal) -> pa.Table:
                 table = table.append_column(name, as_array(kept[name]).take(own))
     order = ("prompt_id", "sample", "stored_at")
     return table.sort_by([(name, "ascending") for name in order])
+
+
+def _without(files: pa.Table, request_keys: pa.Array) -> pa.Table:
+    return files.filter(pc.invert(pc.is_in(files["request_key"], value_set=request_keys)))
 
 
 def _empty() -> pa.Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -67,6 +68,17 @@ def test_they_are_known_without_the_rows_that_left_the_manifests(krea: Krea) -> 
     assert found["prompt_id"].to_dict() == {"a bear": "again", "a fox": "", "a wolf": ""}
     assert found.loc["a fox", "successor"] == present.loc["a fox", "request_key"]
     assert pd.isna(found.loc["a wolf", "successor"])
+
+
+def test_a_copy_of_the_root_has_them_too(krea: Krea, tmp_path: Path) -> None:
+    assert isinstance(krea.settings, Settings)
+    shutil.copytree(krea.settings.storage, tmp_path / "copy")
+    copy = Krea(krea.settings.model_copy(update={"storage": str(tmp_path / "copy")}))
+    for _ in range(2):
+        found = copy.earlier()
+        assert sorted(found["prompt_id"]) == ["again", "changed", "removed"]
+        assert all(path.startswith(str(tmp_path / "copy")) for path in found["image_path"])
+        assert copy.run().report.progress.delivered == 0  # it enters the copy as a root
 
 
 @pytest.mark.parametrize("earlier", [False, True])

@@ -201,15 +201,16 @@ FILE_SCHEMA: Final = pa.schema(
 )
 
 
-def files_in_root(journal: Journal, root_id: str) -> pa.Table:
+def files_in_root(journal: Journal, root_id: str, *, elsewhere: bool = False) -> pa.Table:
     """Return the stored images whose file is in a root, as the journal knows it.
 
-    Raises JournalError.
+    Or in other roots, which are perhaps its original: ``elsewhere``. Raises JournalError.
     """
     names = ", ".join(f"requests.{name}" for name in FILE_SCHEMA.names)
     query = (
         f"SELECT {names} FROM requests JOIN files ON files.request_key = requests.request_key "
-        "WHERE state = :stored AND root_id = :root AND missing_since IS NULL"
+        f"WHERE state = :stored AND root_id {'<>' if elsewhere else '='} :root "
+        "AND missing_since IS NULL"
     )
     tables = [FILE_SCHEMA.empty_table()]
     with journal.database.read() as connection:
