@@ -79,10 +79,12 @@ class ReviewIndex:
         )
         self._shas: list[str] = encoded.dictionary.to_pylist()
         self.codes_by_sha: Mapping[str, int] = {sha: at for at, sha in enumerate(self._shas)}
-        # The first row of each image, which has its file name.
+        # The first row of each image that has its file name, or the first: its file was pruned.
         self._first = np.full(len(self._shas), -1, np.int64)
-        places = np.flatnonzero(self.sha_codes >= 0)[::-1]
-        self._first[self.sha_codes[places]] = places
+        named = np.asarray(as_array(pc.is_valid(self.table["image_path"])))
+        for mask in (self.sha_codes >= 0, (self.sha_codes >= 0) & named):
+            places = np.flatnonzero(mask)[::-1]
+            self._first[self.sha_codes[places]] = places
         partitions = self.table["partition_key"].combine_chunks().dictionary_encode()
         self.partitions: list[str] = partitions.dictionary.to_pylist()
         self.partition_codes: npt.NDArray[np.int64] = (
