@@ -30,12 +30,14 @@ from krea_dagster.engine.journal.rows import rows_with
 from krea_dagster.engine.journal.schema import (
     attributions,
     buyers,
+    commitments,
     events,
     microseconds,
     prompt_tables,
     requests,
     submissions,
     time_of,
+    verdicts,
 )
 from krea_dagster.engine.states import Event, State
 
@@ -155,6 +157,18 @@ def events_since(connection: Connection, since_us: int) -> str:
     counts = select(func.count(), func.sum(requests.c.seq), func.max(changed_at))
     found = connection.execute(counts.where(changed_at >= since_us)).one()
     return "/".join(str(number or 0) for number in found)
+
+
+def money_mark(connection: Connection) -> str:
+    """Return a text that differs once a purchase is new, or its money has changed.
+
+    Each change of money moves the sums of its month, in the same transaction.
+    """
+    months = commitments.c.scope.between("month:", "month;")
+    money = (func.sum(commitments.c.committed_units), func.sum(commitments.c.spent_units))
+    found = connection.execute(select(func.count(), *money).where(months)).one()
+    judged = connection.execute(select(func.max(verdicts.c.number))).scalar()
+    return "/".join(str(number or 0) for number in (*found, judged))
 
 
 def purchases(

@@ -65,6 +65,10 @@ STORE_THREADS: Final = 32
 _WITH_BUCKETS: Final = frozenset({"s3", "gs", "az"})
 
 
+#: What stores call the version of a file, or the time when it was written, the best first.
+_STAMPS: Final = ("ETag", "etag", "version", "LastModified", "last_modified", "mtime", "updated")
+
+
 class Storage:
     """The storage root: a folder or a URL for fsspec. Names under it use ``/``.
 
@@ -279,6 +283,27 @@ class Storage:
             return None
         except Exception as error:  # noqa: BLE001 - file systems raise different errors
             self.fail(error, "read")
+
+    def stamps(self, folder: str) -> dict[str, str] | None:
+        """Return a text for each file below a folder that differs once the file is written again.
+
+        None where the store does not say when its files were written.
+        """
+        if self.folder is not None:
+            found = {name: os.stat(f"{self.folder}/{name}") for name in self.names(folder)}  # noqa: PTH116 - as above
+            return {
+                name: f"{one.st_size}/{one.st_mtime_ns}/{one.st_ino}" for name, one in found.items()
+            }
+        entries: dict[str, Any] = {}
+        with self._trying("list"), suppress(FileNotFoundError):
+            entries = self._fs.find(self._full(folder), detail=True)
+        stamps = {}
+        for path, about in entries.items():
+            known = [about[key] for key in _STAMPS if about.get(key)]
+            if not known:
+                return None
+            stamps[path] = f"{about.get('size')}/{known[0]}"
+        return stamps
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

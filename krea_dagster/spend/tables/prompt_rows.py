@@ -34,7 +34,7 @@ def load_listed(
     connection: Connection,
     by: Sequence[str] = (),
 ) -> None:
-    """Create the view ``listed``: one row for each request of the manifests and of past attempts.
+    """Create the table ``listed``: one row for each request of the manifests and of past attempts.
 
     Its columns are ``request_key``, ``prompt_id`` and ``sample`` of the first row by those two,
     ``rows``, ``shown`` (a row has no later attempt), ``replaced`` (a later attempt of that row is
@@ -160,10 +160,14 @@ def _keep_first(duck: duckdb.DuckDBPyConnection, stored: Sequence[str], by: Sequ
                     bool_or(shown) AS shown,
                     arg_min(struct_pack({packed}), (prompt_id, sample, folder)) AS first
                 FROM marked WHERE hash(request_key) IN (FROM often) GROUP BY request_key);
-        CREATE VIEW listed AS
+        -- A table, because it is read for every month.
+        CREATE TABLE listed AS
             SELECT * REPLACE (replaced AND NOT shown AS replaced) FROM (
                 SELECT request_key, 1 AS rows, shown, {", ".join(names)} FROM marked
                 WHERE hash(request_key) NOT IN (FROM often)
                 UNION ALL FROM shared);
+        DROP VIEW marked;
+        DROP TABLE shared;
+        DROP TABLE asked;
         """
     )

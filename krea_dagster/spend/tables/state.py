@@ -28,6 +28,8 @@ class SpendState:
     ``taken_until_us`` is the time up to which every event was seen, if clocks agree. ``months`` are
     the totals of each month when its files were written, ``labels`` a hash of the columns
     ``by`` of its purchases then. ``recent`` counts the events of the margin before that time.
+    ``mark`` differs once anything else has changed that the tables are made from, or their files;
+    empty where that cannot be known.
     """
 
     journal_id: str
@@ -37,6 +39,7 @@ class SpendState:
     months: Mapping[str, PurchaseTotals] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     recent: str = ""
+    mark: str = ""
 
     @classmethod
     def read(cls, storage: Storage) -> SpendState | None:
@@ -54,6 +57,7 @@ class SpendState:
                 {month: PurchaseTotals(**totals) for month, totals in state["months"].items()},
                 {month: str(label) for month, label in state["labels"].items()},
                 str(state.get("recent", "")),
+                str(state.get("mark", "")),
             )
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None

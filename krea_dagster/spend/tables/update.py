@@ -14,6 +14,8 @@ updates end in the same bytes as one large one. The months to make are
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -27,7 +29,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.engine.journal.journal import Journal
@@ -37,6 +39,7 @@ from krea_dagster.engine.journal.purchase_reads import (
     changed_since,
     events_since,
     load_attribution,
+    money_mark,
     month_of,
     newest_event,
     purchases,
@@ -102,6 +105,9 @@ def update_spend(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="krea-spend-")))
         connection = stack.enter_context(journal.snapshot()).connection
+        if known and (done := _nothing_new(known, connection, storage, (str(rate), tuple(by)))):
+            return done
+        before = _mark(connection, storage, "manifest")
         duck = stack.enter_context(closing(open_duck(folder)))
         journal_id = str(connection.execute(select(about.c.journal_id)).scalar())
         state = SpendState(journal_id, str(rate), tuple(by))
@@ -132,8 +138,10 @@ def update_spend(
         removed = _remove_others(storage, totals.keys())
         # An event from a clock that is ahead must not hide later ones.
         taken_until_us = min(newest_event(connection), now_us)
+        marks = [before, _mark(connection, storage, *_FOLDERS)]
         state = replace(
             state,
+            mark=_joined(marks),
             taken_until_us=taken_until_us,
             months=dict(sorted(totals.items())),
             labels=dict(sorted(labels.items())),
@@ -144,6 +152,42 @@ def update_spend(
     return SpendUpdate(
         tuple(sorted(touched)), tuple(removed), sum(month.purchases for month in totals.values())
     )
+
+
+_FOLDERS: Final = tuple(f"spend/{table}" for table in TABLES)
+
+
+def _nothing_new(
+    known: SpendState,
+    connection: Connection,
+    storage: Storage,
+    settings: tuple[str, tuple[str, ...]],
+) -> SpendUpdate | None:
+    """Return the result of an update without anything to do; None where there may be something.
+
+    No file and no purchase is read for it.
+    """
+    journal_id = str(connection.execute(select(about.c.journal_id)).scalar())
+    if (known.journal_id, known.credits_per_usd, known.by) != (journal_id, *settings):
+        return None
+    if events_since(connection, known.taken_until_us - MARGIN_US) != known.recent:
+        return None
+    marks = [_mark(connection, storage, "manifest"), _mark(connection, storage, *_FOLDERS)]
+    if not known.mark or _joined(marks) != known.mark:
+        return None
+    return SpendUpdate((), (), sum(month.purchases for month in known.months.values()))
+
+
+def _mark(connection: Connection, storage: Storage, *folders: str) -> str:
+    """Return a text that differs once money, verdicts, or the files in folders have changed."""
+    stamps = [storage.stamps(folder) for folder in folders]
+    if None in stamps:
+        return ""
+    return json.dumps([money_mark(connection), stamps], sort_keys=True)
+
+
+def _joined(marks: Sequence[str]) -> str:
+    return hashlib.sha256("".join(marks).encode()).hexdigest() if all(marks) else ""
 
 
 def _is_stale(storage: Storage, state: SpendState, month: str, totals: PurchaseTotals) -> bool:
