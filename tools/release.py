@@ -51,9 +51,13 @@ def main() -> int:
             check_installed(file, version)
     except (ReleaseError, subprocess.CalledProcessError) as error:
         print(f"Not released: {error}", file=sys.stderr)
+        print(
+            "`git checkout pyproject.toml CHANGELOG.md` undoes what was written.", file=sys.stderr
+        )
         return 1
     if asked.version:
-        print(f"git commit -am 'Version {version}' && git tag v{version} && git push --follow-tags")
+        tag = f"git tag -a v{version} -m v{version}"
+        print(f"git commit -am 'Version {version}' && {tag} && git push --follow-tags")
     return 0
 
 
