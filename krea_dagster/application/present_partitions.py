@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 
 from krea_dagster.application.backend import Backend
-from krea_dagster.manifest import Origin, manifest_name, manifest_names, retire_manifests
+from krea_dagster.manifest import (
+    Origin,
+    locate_grown,
+    manifest_name,
+    manifest_names,
+    retire_manifests,
+)
 from krea_dagster.prompts import PromptTable
 
 
@@ -21,6 +27,8 @@ def retire_departed(
 ) -> None:
     """Move manifests to ``earlier/`` whose partition the table does not have now.
 
+    Those of ``generate`` calls get the present paths of their files.
+
     ``written`` are the partitions whose manifests this run writes. If the table cannot be read, it
     raises ConfigError or PromptTableError, and no manifest is moved.
     """
@@ -28,6 +36,7 @@ def retire_departed(
     own = {manifest_name(key, folders) for key in written}
     if own.issuperset(manifest_names(storage, folders)):
         return
+    locate_grown(storage)
     read_at = datetime.now(timezone.utc)
     present = table.partition_keys()
     origin = origin_of(backend, table)

@@ -22,7 +22,7 @@ from krea_dagster.manifest.files import (
     write_manifest,
     write_manifest_parts,
 )
-from krea_dagster.manifest.grown import add_rows
+from krea_dagster.manifest.grown import add_rows, locate_grown
 from krea_dagster.manifest.locations import IMAGE_NAME
 from krea_dagster.manifest.present import (
     Origin,
@@ -48,6 +48,7 @@ __all__ = [
     "earlier_images",
     "earlier_rows",
     "has_manifest",
+    "locate_grown",
     "manifest_name",
     "manifest_names",
     "manifest_partitions",

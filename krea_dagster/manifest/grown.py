@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import BinaryIO, Final
 
 import pyarrow as pa
@@ -9,14 +10,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from krea_dagster.arrow import as_array, united
+from krea_dagster.engine.journal.prompt_table_log import GENERATED
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.manifest.files import manifest_name, publish_manifest, write_parts
+from krea_dagster.manifest.files import manifest_name, manifest_names, publish_manifest, write_parts
 from krea_dagster.manifest.locations import located_now
 from krea_dagster.manifest.present import Origin
+from krea_dagster.prompts import safe_name
 
 #: How often rows are added again that another call, at the same time, has written over.
 _TRIES: Final = 5
+
+#: How the names of these manifests begin.
+_BEGINNING: Final = f"manifest/{safe_name(GENERATED)}"
 
 
 def add_rows(storage: Storage, partition_key: str, rows: pa.Table, origin: Origin) -> None:
@@ -42,6 +48,21 @@ def add_rows(storage: Storage, partition_key: str, rows: pa.Table, origin: Origi
         else:
             return
         _write(storage, name, table, origin)
+
+
+def locate_grown(storage: Storage) -> None:
+    """Write the present paths into these manifests, if the root was moved since they were written.
+
+    Those of a prompt table get them from its next run.
+    """
+    for name in manifest_names(storage):
+        if not name.startswith(_BEGINNING):
+            continue
+        with storage.open(name) as file:
+            table = pq.read_table(file)
+        now = located_now(storage, table)
+        if not now.equals(table):
+            storage.write(name, partial(write_parts, schema=table.schema, parts=[now]))
 
 
 def _write(storage: Storage, name: str, table: pa.Table, origin: Origin) -> None:

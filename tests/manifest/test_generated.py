@@ -85,3 +85,14 @@ def test_a_table_and_a_call_leave_each_others_manifests_alone(krea: Krea, tmp_pa
     assert partitions == {"a reef": 2, "a kite": 1, "a wave": 1}
     assert credits_spent(krea) == (3, 1.35)
     assert krea.verify().adds_up
+
+
+def test_in_a_moved_root_a_run_writes_the_present_paths(krea: Krea, tmp_path: Path) -> None:
+    krea.generate(["a reef"])
+    write_table(tmp_path / "none.parquet", {"prompt": ["a kite"]})
+    (tmp_path / "krea").rename(tmp_path / "moved")
+    assert isinstance(krea.settings, Settings)
+    there = Krea(krea.settings.model_copy(update={"storage": str(tmp_path / "moved")}))
+    there.run()
+    paths = pd.read_parquet(tmp_path / "moved" / "manifest")["image_path"]
+    assert [Path(path).is_file() for path in paths] == [True, True]
