@@ -106,6 +106,8 @@ def whole_cells(array: pa.Array) -> Cells[int]:
     if pa.types.is_integer(array.type):
         integers: Cells[int] = array.to_pylist()
         return integers
+    if pa.types.is_float16(array.type):  # pyarrow 19 has values of NumPy for it
+        array = array.cast(pa.float32())
     return [_whole_cell(value) for value in array.to_pylist()]
 
 
