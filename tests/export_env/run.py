@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,30 @@ def main() -> int:
         every_kind(python, home)
         two_versions(python, home)
         described_by_croissant(python, home)
+        from_the_demo(python, home)
     return 0
+
+
+def from_the_demo(python: Path, home: Path) -> None:
+    """The README's way from the demo to a dataset, without the review, which waits for a person."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = [one for one in readme.split("```console\n") if "load_dataset" in one]
+    commands = block.split("```")[0].replace(".venv/bin/krea-dagster review\n", "")
+    commands = commands.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
+    folder = home / "demo"
+    folder.mkdir()
+    ours = ("DAGSTER_", "EVOLINK_", "KREA_")
+    environment = {name: text for name, text in os.environ.items() if not name.startswith(ours)}
+    environment |= {
+        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_HOME": str(home),
+    }
+    began = time.monotonic()
+    demo = [str(Path(sys.executable).parent / "krea-dagster"), "demo"]
+    for program in (demo, ["bash", "-euc", commands]):
+        done = subprocess.run(program, cwd=folder, env=environment, check=True, capture_output=True)
+    assert "num_rows: 66" in done.stdout.decode(), done.stdout.decode()
+    print(f"from the demo to a loaded dataset in {time.monotonic() - began:.0f} s")
 
 
 def every_kind(python: Path, home: Path) -> None:
