@@ -56,7 +56,8 @@ def earlier_images(storage: Storage, journal: Journal) -> pa.Table:
         others = _without(others, as_array(keys))
         sizes = storage.sizes_bytes(others["image_path"].to_pylist())
         here = pa.array([size is not None for size in sizes], pa.bool_())
-        keys = pa.chunked_array([*keys.chunks, *others["request_key"].filter(here).chunks])
+        further = others["request_key"].filter(here)
+        keys = pa.chunked_array([*keys.chunks, *further.chunks], pa.string())
     keys = pc.unique(keys)
     kept = earlier_rows(storage)
     if not len(keys):

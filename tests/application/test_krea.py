@@ -50,7 +50,7 @@ def test_the_documentation_runs_from_its_first_line_to_its_last(
     assert list(made["manifest"]["credits_charged"]) == [0.5, 0.5] or len(made["manifest"]) == 2
     assert all(pixel.size[0] > 0 for pixel in made["pixels"])
     assert made["made"]["status"].to_pylist() == ["stored", "stored"]
-    assert made["exported"].summary()["images"] == 2
+    assert made["exported"].summary()["images"] == 4  # also the two of generate
 
 
 def test_a_run_buys_what_the_quote_said_and_a_second_run_buys_nothing(

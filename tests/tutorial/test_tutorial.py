@@ -248,7 +248,6 @@ def command(project: Project) -> Any:
             [sys.executable, "-c", code, *arguments],
             env=environment,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
         )
         running.append(process)
