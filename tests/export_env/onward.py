@@ -115,6 +115,8 @@ def make_environment(folder: Path) -> str:
             *("--requirements", str(ROOT / "pyproject.toml"), "--extra", "polars"),
             *("--constraints", str(ROOT / "requirements.lock"), *PACKAGES),
         ],
+        # Dagster's library registry asks for its version.
+        ["pip", "install", "--quiet", "--python", str(python), "--no-deps", str(ROOT)],
     ):
         subprocess.run([str(UV), *command], check=True, env=bare)
     return str(python)
