@@ -125,7 +125,7 @@ def test_the_keyboard_reaches_every_control(browser: Browser, report: Path) -> N
 def test_the_table_behind_a_chart_opens_by_keyboard(browser: Browser, report: Path) -> None:
     visit = FileVisit(browser, report, DESK, "light")
     page = visit.page
-    table = page.get_by_role("table", name="By UTC day")
+    table = page.get_by_role("table", name="By day")
     expect(table).to_be_hidden()
     page.locator("summary").first.focus()
     page.keyboard.press("Enter")
