@@ -34,10 +34,13 @@ def retire_departed(
     """
     storage = backend.open_storage()
     own = {manifest_name(key, folders) for key in written}
-    if own.issuperset(manifest_names(storage, folders)):
+    names = list(manifest_names(storage, folders))
+    if own.issuperset(names):
         return
-    locate_grown(storage)
+    locate_grown(storage, manifest_names(storage) if folders else names)
     read_at = datetime.now(timezone.utc)
     present = table.partition_keys()
     origin = origin_of(backend, table)
-    retire_manifests(storage, folders, origin, present, written=written, read_at=read_at)
+    retire_manifests(
+        storage, folders, origin, present, names=names, written=written, read_at=read_at
+    )

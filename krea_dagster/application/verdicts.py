@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from sqlalchemy import select
 
 from krea_dagster.application.backend import Backend
@@ -33,6 +32,8 @@ from krea_dagster.engine.storage.page import write_page
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.engine.verdict import NONE, Verdict
 from krea_dagster.errors import ConfigError, InputError
+from krea_dagster.manifest import present_manifests
+from krea_dagster.parquet_files import open_parquet
 
 #: A time later than this from now is a mistake: such a verdict would win over all to come.
 _FAST_CLOCK: Final = timedelta(hours=1)
@@ -192,11 +193,9 @@ class _KnownImages:
 
 def _manifest_rows(storage: Storage) -> Iterator[tuple[_TableRow, _KnownRequest]]:
     columns = [*_TableRow._fields, "request_key", "image_sha256", "attempt", "partition_key"]
-    for name in storage.names("manifest"):  # those of every asset
-        if not name.endswith(".parquet"):
-            continue
+    for name in present_manifests(storage):
         with storage.open(name) as file:
-            table = pq.ParquetFile(file).read(columns)
+            table = open_parquet(file).read(columns)
         table = table.filter(pc.is_valid(table["image_sha256"]))
         for values in zip(*(table[one].to_pylist() for one in columns), strict=True):
             row = dict(zip(columns, values, strict=True))

@@ -83,7 +83,7 @@ def _leave(storage: Storage, name: str, request_keys: pa.Array) -> None:
     """Remove the rows of a table whose request is not one of these."""
     try:
         with storage.open(name) as file:
-            table = pq.read_table(file)
+            table = open_parquet(file).read()
     except FileNotFoundError:
         return
     present = pc.is_in(table["request_key"], value_set=request_keys)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import BinaryIO, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from krea_dagster.arrow import as_array, united
 from krea_dagster.engine.journal.prompt_table_log import GENERATED
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.manifest.files import manifest_name, manifest_names, publish_manifest, write_parts
+from krea_dagster.manifest.files import manifest_name, publish_manifest, write_parts
 from krea_dagster.manifest.locations import located_now
 from krea_dagster.manifest.present import Origin
+from krea_dagster.parquet_files import open_parquet
 from krea_dagster.prompts import safe_name
 
 #: How often rows are added again that another call, at the same time, has written over.
@@ -50,16 +51,16 @@ def add_rows(storage: Storage, partition_key: str, rows: pa.Table, origin: Origi
         _write(storage, name, table, origin)
 
 
-def locate_grown(storage: Storage) -> None:
-    """Write the present paths into these manifests, if the root was moved since they were written.
+def locate_grown(storage: Storage, names: Iterable[str]) -> None:
+    """Write the present paths into those of these manifests that grow, if the root was moved.
 
     Those of a prompt table get them from its next run.
     """
-    for name in manifest_names(storage):
+    for name in names:
         if not name.startswith(_BEGINNING):
             continue
         with storage.open(name) as file:
-            table = pq.read_table(file)
+            table = open_parquet(file).read()
         now = located_now(storage, table)
         if not now.equals(table):
             storage.write(name, partial(write_parts, schema=table.schema, parts=[now]))
@@ -79,7 +80,7 @@ def _write(storage: Storage, name: str, table: pa.Table, origin: Origin) -> None
 def _stored(storage: Storage, name: str) -> pa.Table | None:
     try:
         with storage.open(name) as file:
-            return pq.read_table(file).replace_schema_metadata(None)
+            return open_parquet(file).read().replace_schema_metadata(None)
     except (FileNotFoundError, pa.ArrowInvalid):
         return None
 

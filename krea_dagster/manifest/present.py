@@ -16,14 +16,14 @@ from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from krea_dagster.arrow import as_array
 from krea_dagster.engine.record import PRUNED, PRUNED_MESSAGE
 from krea_dagster.engine.storage.storage import STORE_THREADS, Storage
 from krea_dagster.manifest.earlier import keep_rows_without
-from krea_dagster.manifest.files import manifest_name, manifest_names, write_parts
+from krea_dagster.manifest.files import manifest_name, write_parts
 from krea_dagster.manifest.schema import MANIFEST_SCHEMA
+from krea_dagster.parquet_files import open_parquet
 
 #: The entries of a manifest's metadata.
 _TABLE: Final = b"krea_table"
@@ -53,7 +53,7 @@ class Origin:
         """Read the origin of a stored manifest; None if there is none that can be read."""
         try:
             with storage.open(name) as file:
-                entries = pq.read_schema(file).metadata or {}
+                entries = open_parquet(file).schema_arrow.metadata or {}
         except (FileNotFoundError, pa.ArrowInvalid):
             return None
         return cls(entries.get(_TABLE, b"").decode(), entries.get(_PARTITION_BY, b"").decode())
@@ -78,7 +78,7 @@ def accepted_requests(storage: Storage) -> pa.Array:
     for name in storage.names("accepted"):
         if name.endswith(".parquet"):
             with storage.open(name) as file:
-                keys.extend(pq.read_table(file, columns=["request_key"])["request_key"].chunks)
+                keys.extend(open_parquet(file).read(columns=["request_key"])["request_key"].chunks)
     return pa.concat_arrays(keys)
 
 
@@ -86,7 +86,7 @@ def rows_with_requests(storage: Storage, request_keys: pa.Array) -> Iterator[pa.
     """Yield the rows of present manifests that have one of these requests, file by file."""
     for name in present_manifests(storage):
         with storage.open(name) as file:
-            opened = pq.ParquetFile(file)
+            opened = open_parquet(file)
             found = opened.read(columns=["request_key"])["request_key"]
             mask = pc.is_in(found, value_set=request_keys)
             if pc.any(mask).as_py():
@@ -98,7 +98,7 @@ def without_files(storage: Storage, request_keys: pa.Array) -> None:
     """Write the present manifests so that these requests have no file: it was pruned."""
     for name in present_manifests(storage):
         with storage.open(name) as file:
-            opened = pq.ParquetFile(file)
+            opened = open_parquet(file)
             found = opened.read(columns=["request_key", "image_path"])
             mask = pc.is_in(found["request_key"], value_set=request_keys)
             mask = as_array(pc.and_(mask, pc.is_valid(found["image_path"])))
@@ -119,6 +119,7 @@ def retire_manifests(
     origin: Origin,
     present: Collection[str],
     *,
+    names: Iterable[str],
     written: Collection[str] = (),
     read_at: datetime,
 ) -> list[str]:
@@ -129,6 +130,7 @@ def retire_manifests(
         folders: Those of the table's manifests.
         origin: The table as it is now.
         present: The keys of its partitions. None: an empty table is more often a mistake.
+        names: Those of the table's stored manifests.
         written: The keys of the partitions whose manifests a run is about to write.
         read_at: When the table was read: a manifest that was written since may be of a newer one.
     """
@@ -136,7 +138,7 @@ def retire_manifests(
         return []
     here = {manifest_name(key, folders) for key in present}
     own = {manifest_name(key, folders) for key in written}
-    others = [name for name in manifest_names(storage, folders) if name not in own]
+    others = [name for name in names if name not in own]
     # All others are cut in the same way, as this function leaves them: a few tell.
     if written and not _is_cut_anew(storage, others[:_ASKED], origin):
         others = [name for name in others if name not in here]

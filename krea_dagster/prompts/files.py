@@ -178,8 +178,12 @@ def _batch_rows(group: Any) -> int:
     return int(min(BATCH_ROWS, max(_LEAST_ROWS, rows)))
 
 
-def open_files(source: str, options: Options | None = None) -> list[TableFile]:
+def open_files(
+    source: str, options: Options | None = None, *, is_alone: bool = False
+) -> list[TableFile]:
     """Return the table's files, sorted, with their footers read. Raises ConfigError.
+
+    ``is_alone`` if it is known that they are not a part of a table of a table format.
 
     In a folder these are all ``.parquet`` and ``.pq`` files in it and below, except names that
     begin with "." or "_". Folders such as ``theme=sea`` give a column to the files in them.
@@ -188,7 +192,7 @@ def open_files(source: str, options: Options | None = None) -> list[TableFile]:
     files: list[TableFile] = []
     first_row = 1
     options = options or {}
-    for name, path in _listing(source, options, filesystem, root):
+    for name, path in _listing(source, options, filesystem, root, is_alone=is_alone):
         by_folder = FolderColumns.of(path.removeprefix(root), name)
         file = replace(_open(name, path, options, filesystem, by_folder), first_row=first_row)
         first_row += file.row_count
@@ -262,11 +266,13 @@ def _impatient(url: str) -> str:
     return f"{url}{'&' if '?' in url else '?'}retry_limit_seconds={_GCS_RETRY_S}"
 
 
-def _listing(source: str, options: Options, filesystem: Any, root: str) -> list[tuple[str, str]]:
+def _listing(
+    source: str, options: Options, filesystem: Any, root: str, *, is_alone: bool
+) -> list[tuple[str, str]]:
     shown = redact.location(source)
     with reading(shown, source, options):
         info = filesystem.get_file_info(root)
-        if around := table_around(filesystem, root):
+        if not is_alone and (around := table_around(filesystem, root)):
             raise ConfigError(
                 f"{shown} is a part of {around[0]}, {around[1]}: name the table, because its files "
                 "alone may hold rows that were deleted"

@@ -100,14 +100,17 @@ class ParquetReading(Reading):
         super().__init__(source, redact.location(place))
         self._place = place
         self._options = options
+        self._is_alone = False
 
     def mark(self) -> str:
         """Return a mark of the files' sizes and times."""
         return mark_of_files(self._place, self._options)
 
     def files(self) -> list[TableFile]:
-        """Return the files."""
-        return open_files(self._place, self._options)
+        """Return the files. That they are not a part of another table is checked once."""
+        found = open_files(self._place, self._options, is_alone=self._is_alone)
+        self._is_alone = True
+        return found
 
 
 class CopiedReading(Reading):

@@ -16,6 +16,7 @@ from krea_dagster.application.krea import Krea
 from krea_dagster.engine.journal.bulk_reads import request_count
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import manifest_name, manifest_names
+from krea_dagster.parquet_files import open_parquet
 from krea_dagster.plugin.checks.findings import NAMING
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.io_manager import manifest_folders
@@ -83,7 +84,7 @@ class CheckedManifests:
             raise UnreadableManifest(_unreadable(self.storage, name, error)) from error
         with file:
             try:
-                parquet = pq.ParquetFile(file)
+                parquet = open_parquet(file)
             except (OSError, pa.ArrowException) as error:
                 raise UnreadableManifest(_unreadable(self.storage, name, error)) from error
             yield parquet

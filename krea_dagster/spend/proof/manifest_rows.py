@@ -8,7 +8,6 @@ from datetime import datetime
 from typing import Any, Final
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import Record
@@ -22,6 +21,7 @@ from krea_dagster.manifest import (
     present_manifests,
 )
 from krea_dagster.models import units_from_credits
+from krea_dagster.parquet_files import open_parquet
 from krea_dagster.spend.proof.findings import FindingKind, ProofFindings
 
 #: Columns that must agree with the journal.
@@ -108,7 +108,7 @@ def _batches(
 ) -> Iterator[list[dict[str, Any]]]:
     try:
         with storage.open(name) as file:
-            parquet = pq.ParquetFile(file)
+            parquet = open_parquet(file)
             columns = [*_NAMES, *_PROVED]
             if missing := set(columns) - set(parquet.schema_arrow.names):
                 raise pa.ArrowInvalid(f"no column {min(missing)!r}")

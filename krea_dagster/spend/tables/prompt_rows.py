@@ -20,6 +20,7 @@ from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import no_column, present_manifests
+from krea_dagster.parquet_files import open_parquet
 from krea_dagster.prompts.past_attempts import earlier_attempts
 from krea_dagster.spend.tables.sql import quoted
 
@@ -57,7 +58,7 @@ def load_listed(
         try:
             with storage.open(name) as file:
                 known |= dict.fromkeys(
-                    _load(duck, pq.ParquetFile(file), numbers[folders[name]], by, later)
+                    _load(duck, open_parquet(file), numbers[folders[name]], by, later)
                 )
         except FileNotFoundError:
             continue

@@ -20,7 +20,7 @@ from krea_dagster import redact
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError, KreaError
 from krea_dagster.file_systems import Options, open_for_arrow, open_url
-from krea_dagster.manifest import MANIFEST_SCHEMA
+from krea_dagster.manifest import MANIFEST_SCHEMA, present_manifests
 from krea_dagster.spend.tables.daily import DAILY_SCHEMA, FAILURES_SCHEMA
 from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
 from krea_dagster.spend.tables.measures import selected
@@ -317,7 +317,7 @@ def _prompt_files(source: str, options: Options | None) -> list[str]:
 
 def prompt_texts(storage: Storage, prompt_ids: Sequence[str]) -> Mapping[str, str]:
     """Read the prompts of a few prompt_ids from the manifests. Raises OSError."""
-    names = [name for name in storage.names("manifest") if name.endswith(".parquet")]
+    names = present_manifests(storage)
     if not names or not prompt_ids:
         return {}
     found = [open_for_arrow(storage.locate(name), storage.options) for name in names]

@@ -28,7 +28,6 @@ from typing import Final
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from sqlalchemy import Connection, select
 
 from krea_dagster.engine.budget import CREDITS_PER_USD
@@ -48,6 +47,7 @@ from krea_dagster.engine.journal.purchase_reads import (
 )
 from krea_dagster.engine.journal.schema import about, microseconds
 from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.parquet_files import open_parquet
 from krea_dagster.spend.tables.daily import (
     FAILURES_SCHEMA,
     daily_schema,
@@ -245,7 +245,7 @@ _LEDGER_COLUMNS: Final = pa.schema(
 def _ledger_rows(storage: Storage, months: Sequence[str]) -> Iterator[pa.RecordBatch]:
     for month in months:
         with storage.open(table_name("ledger", month)) as file:
-            for batch in pq.ParquetFile(file).iter_batches(columns=_LEDGER_COLUMNS.names[1:]):
+            for batch in open_parquet(file).iter_batches(columns=_LEDGER_COLUMNS.names[1:]):
                 named = pa.repeat(pa.scalar(month), batch.num_rows)
                 yield pa.RecordBatch.from_arrays([named, *batch.columns], schema=_LEDGER_COLUMNS)
 
