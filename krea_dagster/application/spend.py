@@ -105,9 +105,12 @@ def spend_of(
             names = tuple(by)
         else:
             names, lines = ("when",), _by_time(duck, period, now)
-        budgets = budget_lines(duck, caps, soft, now) if caps or soft else []
         today = from_today(duck, by) if needs_manifest else {}
+        budgets = budget_lines(duck, caps, soft, now) if is_utc(period.zone) else None
     storage = backend.open_storage()
+    if budgets is None:  # the days of a budget are UTC, as for the caps
+        with closing(open_tables(storage, manifest=needs_manifest)) as duck:
+            budgets = budget_lines(duck, caps, soft, now)
     rate, _ = as_kept(storage)
     where = redact.location(storage.locate(""))
     return Spend(names, lines, period, exact_rate(rate), where, budgets, today)

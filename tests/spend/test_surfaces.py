@@ -7,7 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krea_dagster import cli
+from krea_dagster.application.spend import SpendPeriod, spend_of
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.assets.spend import spend_metadata
@@ -154,6 +155,19 @@ def test_days_are_those_of_a_time_zone(bought_project: ProjectHarness, shell: Sh
     assert "Nothing was bought" in shell("--by", "day", "--until", "2026-10-30")
     with pytest.raises(ConfigError, match="is not a time zone"):
         bought_project.krea.spend(zone="Europe/Nowhere")
+
+
+def test_a_budget_is_of_utc_days_and_months_in_every_time_zone(
+    bought_project: ProjectHarness,
+) -> None:
+    """As the cap that it is compared with: 23:30 UTC of a last day is the next month in Berlin."""
+    late = datetime(2026, 10, 31, 23, 30, tzinfo=timezone.utc)
+    bought_project.sql("UPDATE submissions SET sent_at = ?", int(late.timestamp()) * 1_000_000)
+    krea = bought_project.with_settings(budgets=["day=9", "month=9"]).krea
+    for zone in ("UTC", "Europe/Berlin"):
+        for now, used in ((late, 4), (late + timedelta(hours=1), 0)):
+            spend = spend_of(krea, period=SpendPeriod(zone=zone), now=now)
+            assert [line.use.used_units for line in spend.budgets] == [used * 4_500] * 2, zone
 
 
 def test_all_budgets_are_in_one_table(
