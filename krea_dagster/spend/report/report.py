@@ -34,12 +34,7 @@ from krea_dagster.spend.report.charts import (
 from krea_dagster.spend.report.report_data import Period, ReportFigures, figures_of
 from krea_dagster.spend.tables.views import SpendTables
 from krea_dagster.spend.text import CENT_UNITS, amount, credits_words, day_words, rough
-from krea_dagster.spend.warnings.anomaly import (
-    Forecast,
-    anomalous_days,
-    find_anomalies,
-    forecast_month,
-)
+from krea_dagster.spend.warnings.anomaly import Forecast, forecast_usual
 from krea_dagster.spend.warnings.budgets import BudgetLine, budget_lines
 from krea_dagster.spend.warnings.load_history import observe
 from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind, find_warnings
@@ -105,7 +100,15 @@ def write_report(
     with closing(tables.open()) as duck:
         budgets = budget_lines(duck, caps, soft, now)
     page = render(
-        figures, warnings, now=now, rate=rate, caps=caps, title=title, zone=zone, budgets=budgets
+        figures,
+        warnings,
+        now=now,
+        rate=rate,
+        caps=caps,
+        title=title,
+        zone=zone,
+        budgets=budgets,
+        grain_units=history.grain_units,
     ).encode()
     if isinstance(path, (str, Path)):
         write_page(Path(path), page, "the report")
@@ -124,11 +127,15 @@ def render(
     title: str,
     zone: str = "UTC",
     budgets: Sequence[BudgetLine] = (),
+    grain_units: int,
 ) -> str:
-    """Return the page with these figures, warnings and budgets."""
+    """Return the page with these figures, warnings and budgets.
+
+    ``grain_units`` is the highest price of one purchase.
+    """
     today = figures.today
     places = 4 if _needs_four(figures) else 2
-    forecast = _forecast(figures, today)
+    forecast = _forecast(figures, today, grain_units)
     return (
         _templates()
         .get_template("report.html.j2")
@@ -213,13 +220,13 @@ def _labels(warnings: Sequence[SpendWarning], by_day: Mapping[date, int]) -> lis
     ]
 
 
-def _forecast(figures: ReportFigures, today: date) -> Forecast | None:
+def _forecast(figures: ReportFigures, today: date, grain_units: int) -> Forecast | None:
     spent = {
         period.start: period.line.committed_units
         for period in figures.days
         if period.start <= today
     }
-    return forecast_month(spent, today, anomalous_days(find_anomalies(spent, today)))
+    return forecast_usual(spent, today, grain_units)
 
 
 def _needs_four(figures: ReportFigures) -> bool:

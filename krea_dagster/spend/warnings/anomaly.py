@@ -14,6 +14,8 @@ from math import sqrt
 from statistics import median
 from typing import Final
 
+from krea_dagster.models import UNITS_PER_CREDIT
+
 #: The days before a day that it is compared with: eight of each weekday.
 WINDOW_DAYS: Final = 56
 #: Days since the first purchase before any day can be unusual.
@@ -32,6 +34,9 @@ SETTLED_DAYS: Final = 7
 
 #: 1.4826 MAD estimates the standard deviation of a normal distribution.
 _MAD_TO_SIGMA: Final = 1.4826
+
+#: Excess of an unusual day or partition from which it is a warning: one credit.
+LEAST_EXCESS_UNITS: Final = UNITS_PER_CREDIT
 
 #: Most and fewest days that a forecast is made from, and the quantile of its interval (Student's t
 #: with about 30 degrees of freedom, 5 % on either side).
@@ -108,6 +113,12 @@ def find_anomalies(spent: Mapping[date, int], last: date, grain_units: int = 0) 
     return found
 
 
+def find_unusual_days(spent: Mapping[date, int], last: date, grain_units: int) -> list[Anomaly]:
+    """Find the anomalies of whole days that are worth a warning; see ``find_anomalies``."""
+    found = find_anomalies(spent, last, grain_units)
+    return [anomaly for anomaly in found if anomaly.excess_units >= LEAST_EXCESS_UNITS]
+
+
 def far_above(units: int, usual: Sequence[int], grain_units: int = 0) -> bool:
     """Return whether a sum is far above comparable sums, by their median and MAD."""
     middle = median(usual)
@@ -124,6 +135,12 @@ def anomalous_days(found: Sequence[Anomaly]) -> frozenset[date]:
         if (anomaly.until - anomaly.since).days < SETTLED_DAYS
         for number in range((anomaly.until - anomaly.since).days + 1)
     )
+
+
+def forecast_usual(spent: Mapping[date, int], today: date, grain_units: int) -> Forecast | None:
+    """Forecast the spend of the month from its usual days: the one forecast of all surfaces."""
+    unusual = find_unusual_days(spent, today, grain_units)
+    return forecast_month(spent, today, anomalous_days(unusual))
 
 
 def forecast_month(

@@ -9,14 +9,10 @@ from typing import Final
 
 from krea_dagster.engine.budget import Budget, Caps
 from krea_dagster.spend.tables.query import SpendLine, sums
-from krea_dagster.spend.tables.sql import DuckDB
+from krea_dagster.spend.tables.sql import DuckDB, units_of
 from krea_dagster.spend.tables.views import PARTITION
-from krea_dagster.spend.warnings.anomaly import (
-    anomalous_days,
-    find_anomalies,
-    forecast_month,
-)
-from krea_dagster.spend.warnings.history import BudgetUse
+from krea_dagster.spend.warnings.anomaly import forecast_usual
+from krea_dagster.spend.warnings.history import HIGHEST_PRICE_UNITS, BudgetUse
 
 #: Days since its last purchase for which the budget of a run, partition or value is shown.
 LATELY_DAYS: Final = 7
@@ -70,7 +66,8 @@ def budget_lines(
         date.fromisoformat(str(line.of[0])): line.committed_units
         for line in sums(duck, ["day"], until=today)
     }
-    forecast = forecast_month(spent, today, anomalous_days(find_anomalies(spent, today)))
+    ((price,),) = duck.sql("SELECT max(price) FROM spend_by_price").fetchall()
+    forecast = forecast_usual(spent, today, units_of(price) or HIGHEST_PRICE_UNITS)
     units = None if forecast is None else forecast.expected_units
     return [
         replace(line, forecast_units=units) if line.use.period == "month" else line

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Literal
+from typing import Final, Literal
+
+from krea_dagster.engine.budget import PUBLISHED_UNITS
+
+#: The highest published price.
+HIGHEST_PRICE_UNITS: Final = max(PUBLISHED_UNITS.values())
 
 #: The time that a budget covers: a UTC day, a UTC month, or all time.
 Period = Literal["day", "month", "total"]
@@ -100,3 +105,8 @@ class SpendHistory:
     failures: Sequence[FailureSeen] = ()
     budgets: Sequence[BudgetUse] = ()
     account: AccountUse | None = None
+
+    @property
+    def grain_units(self) -> int:
+        """The highest price of one purchase; the highest published one where none was seen."""
+        return max((seen.units for seen in self.prices), default=HIGHEST_PRICE_UNITS)

@@ -15,20 +15,21 @@ from math import sqrt
 from statistics import median
 from typing import Final
 
-from krea_dagster.engine.budget import PUBLISHED_UNITS
-from krea_dagster.models import UNITS_PER_CREDIT
 from krea_dagster.spend.text import credits_words, day_words, rough
 from krea_dagster.spend.warnings.anomaly import (
     LEARNING_DAYS,
     LEAST_ACTIVE,
+    LEAST_EXCESS_UNITS,
     LEAST_PEERS,
     WINDOW_DAYS,
     Anomaly,
+    Forecast,
     anomalous_days,
     days_left,
     far_above,
     find_anomalies,
-    forecast_month,
+    find_unusual_days,
+    forecast_usual,
 )
 from krea_dagster.spend.warnings.history import (
     AccountUse,
@@ -53,12 +54,8 @@ TROUBLE_DEVIATIONS: Final = 6.0
 TROUBLE_POINTS: Final = 0.05
 #: Purchases without an image on a day from which they can be many.
 LEAST_TROUBLE: Final = 5
-#: Excess of an unusual day or partition from which it is a warning: one credit.
-LEAST_EXCESS_UNITS: Final = UNITS_PER_CREDIT
 #: Excess of a partition from which it is a warning, as a share of a whole day's usual spend.
 LEAST_PARTITION_SHARE: Final = 0.25
-#: The highest published price, where no price was seen.
-HIGHEST_PRICE_UNITS: Final = max(PUBLISHED_UNITS.values())
 
 
 class WarningKind(str, Enum):
@@ -111,17 +108,13 @@ def find_warnings(history: SpendHistory, now: datetime) -> list[SpendWarning]:
     """
     today = now.astimezone(timezone.utc).date()
     spent = {day.day: day.committed_units for day in history.days if day.day <= today}
-    grain_units = max((seen.units for seen in history.prices), default=HIGHEST_PRICE_UNITS)
-    anomalies = [
-        anomaly
-        for anomaly in find_anomalies(spent, today, grain_units)
-        if anomaly.excess_units >= LEAST_EXCESS_UNITS
-    ]
+    grain_units = history.grain_units
+    anomalies = find_unusual_days(spent, today, grain_units)
     unusual_days = anomalous_days(anomalies)
     found = [
         *_account(history.account, today),
         *_budgets(history.budgets, today, now),
-        *_forecast(history.budgets, spent, today, unusual_days),
+        *_forecast(history.budgets, forecast_usual(spent, today, grain_units), today),
         *_days(history, anomalies),
         *_partitions(history, today, unusual_days, grain_units),
         *_prices(history.prices, today),
@@ -185,9 +178,8 @@ def _budgets(uses: Sequence[BudgetUse], today: date, now: datetime) -> Iterator[
 
 
 def _forecast(
-    uses: Sequence[BudgetUse], spent: Mapping[date, int], today: date, leave_out: frozenset[date]
+    uses: Sequence[BudgetUse], forecast: Forecast | None, today: date
 ) -> Iterator[SpendWarning]:
-    forecast = forecast_month(spent, today, leave_out)
     caps = [use for use in uses if use.period == "month"]
     if forecast is None:
         return

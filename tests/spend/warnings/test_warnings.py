@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import replace
 from datetime import date, datetime, timedelta, timezone
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.rows import AccountReading
 from krea_dagster.errors import ConfigError
 from krea_dagster.spend.proof.account import AccountInterval, AccountProof
+from krea_dagster.spend.report.report import write_report
 from krea_dagster.spend.tables.query import stored_tables
 from krea_dagster.spend.tables.update import update_spend
+from krea_dagster.spend.text import rough
+from krea_dagster.spend.warnings.budgets import budget_lines
 from krea_dagster.spend.warnings.history import (
     BudgetUse,
     DaySpend,
@@ -165,6 +169,22 @@ def test_a_month_that_will_pass_its_budget_is_said(cap: int, words: str | None) 
         assert words in said[0].text
         assert "about 3,000 are expected" in said[0].text
         assert said[0].units == 1_000_000
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_warning_table_of_budgets_and_report_have_one_forecast(seed: int) -> None:
+    """Also with few purchases, where chance alone makes a day expensive."""
+    tables, budgets = simulated_year(seed, purchases=600), [Budget.parse("month=0.01")]
+    for month in range(4, 12):
+        now = datetime(2025, month, 20, 12, tzinfo=timezone.utc)
+        said = the(observe(tables, now=now, budgets=budgets), WarningKind.FORECAST, now)
+        with closing(tables.open()) as duck:
+            (line,) = budget_lines(duck, budgets, [], now)
+        assert line.forecast_units == said.units + 100
+        page = BytesIO()
+        write_report(tables, page, now=now, caps=budgets)
+        expected = f"About {rough(said.units + 100)} are expected by the end of the month"
+        assert expected in page.getvalue().decode()
 
 
 # -- days, partitions, prices, failures ---------------------------------------------------------
