@@ -10,10 +10,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from krea_dagster.application.settings import Settings
 from krea_dagster.emulator import Emulator
 
 if TYPE_CHECKING:
@@ -118,6 +119,24 @@ def open_account(emulator: Emulator) -> Callable[..., str]:
         return key
 
     return opened
+
+
+@pytest.fixture
+def settings_of(
+    tmp_path: Path, emulator: Emulator, open_account: Callable[..., str]
+) -> Callable[..., Settings]:
+    """Make the settings of a project in the test's folder, which buys from the emulator."""
+
+    def made(partition_by: str, **further: Any) -> Settings:
+        own: dict[str, Any] = {
+            "prompts": str(tmp_path / "prompts.parquet"),
+            "storage": str(tmp_path / "krea"),
+            "base_url": emulator.url,
+            "expected_latency_s": 0.02,
+        }
+        return Settings(api_key=open_account(), partition_by=partition_by, **{**own, **further})
+
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,14 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
 from dagster._core.definitions.sensor_definition import SensorExecutionData
 
+from krea_dagster.application.settings import Settings
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.run.requested_image import RequestedImage
 from krea_dagster.prompts import PlannedImage
@@ -34,6 +35,12 @@ def write_table(path: Path, columns: Mapping[str, Any] | pa.Table) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
     return str(path)
+
+
+class SettingsOf(Protocol):
+    """Makes the settings of a project in the test's folder, which buys from the emulator."""
+
+    def __call__(self, partition_by: str, **further: Any) -> Settings: ...
 
 
 def run_job(

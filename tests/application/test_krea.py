@@ -10,28 +10,21 @@ from typing import Any
 
 import pytest
 
-from krea_dagster import BuyOptions, Krea, PromptTable, Settings
+from krea_dagster import BuyOptions, Krea, PromptTable
 from krea_dagster.emulator import Emulator
 from krea_dagster.errors import ConfigError
 from krea_dagster.prompts import parse_partition_by
-from tests.dagster_bench import OpenAccount, write_table
+from tests.dagster_bench import SettingsOf, write_table
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "python.md"
 
 
 @pytest.fixture
-def krea(tmp_path: Path, emulator: Emulator, open_account: OpenAccount) -> Krea:
+def krea(settings_of: SettingsOf) -> Krea:
     prompts = {"prompt_id": ["ash", "birch"], "prompt": ["an ash", "a birch"], "size": ["1:2"] * 2}
-    return Krea(
-        Settings(
-            api_key=open_account(),
-            base_url=emulator.url,
-            expected_latency_s=0.02,
-            prompts=write_table(tmp_path / "prompts.parquet", prompts),
-            partition_by="hash:2",
-            storage=str(tmp_path / "krea"),
-        )
-    )
+    settings = settings_of("hash:2")
+    write_table(Path(settings.prompts), prompts)
+    return Krea(settings)
 
 
 def creates(emulator: Emulator) -> int:

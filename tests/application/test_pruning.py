@@ -20,7 +20,7 @@ from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.engine.verdict import Verdict
 from krea_dagster.errors import ConfigError, PromptTableError
 from krea_dagster.spend.proof.findings import FindingKind
-from tests.dagster_bench import OpenAccount, write_table
+from tests.dagster_bench import SettingsOf, write_table
 
 ROWS: dict[str, list[Any]] = {
     "prompt_id": ["changed", "removed", "again", "refused", "kept"],
@@ -62,15 +62,10 @@ class Project:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, emulator: Emulator, open_account: OpenAccount) -> Settings:
-    return Settings(
-        api_key=open_account(),
-        base_url=emulator.url,
-        expected_latency_s=0.02,
-        prompts=write_table(tmp_path / "prompts.parquet", ROWS),
-        partition_by="hash:2",
-        storage=str(tmp_path / "krea"),
-    )
+def settings(settings_of: SettingsOf) -> Settings:
+    settings = settings_of("hash:2")
+    write_table(Path(settings.prompts), ROWS)
+    return settings
 
 
 @pytest.fixture

@@ -12,9 +12,8 @@ import pytest
 from krea_dagster import BuyOptions, ExportSpec, Krea, Settings
 from krea_dagster.curation.gallery.filter import GalleryFilter
 from krea_dagster.curation.review.index import build_index
-from krea_dagster.emulator import Emulator
 from krea_dagster.engine.verdict import Verdict
-from tests.dagster_bench import OpenAccount, write_table
+from tests.dagster_bench import SettingsOf, write_table
 
 ROWS = {
     "prompt_id": ["changed", "removed", "again", "same"],
@@ -25,16 +24,10 @@ ROWS = {
 
 
 @pytest.fixture
-def krea(tmp_path: Path, emulator: Emulator, open_account: OpenAccount) -> Krea:
+def krea(settings_of: SettingsOf) -> Krea:
     """A project in which one row was changed, one removed, and one has another image."""
-    settings = Settings(
-        api_key=open_account(),
-        base_url=emulator.url,
-        expected_latency_s=0.02,
-        prompts=write_table(tmp_path / "prompts.parquet", ROWS),
-        partition_by="hash:2",
-        storage=str(tmp_path / "krea"),
-    )
+    settings = settings_of("hash:2")
+    write_table(Path(settings.prompts), ROWS)
     krea = Krea(settings)
     krea.run()
     rows = {name: [values[0], *values[2:]] for name, values in ROWS.items()}

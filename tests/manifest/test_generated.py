@@ -10,19 +10,12 @@ import pytest
 from krea_dagster import ExportSpec, Krea, Settings
 from krea_dagster.curation.gallery.filter import GalleryFilter
 from krea_dagster.curation.review.index import build_index
-from krea_dagster.emulator import Emulator
-from tests.dagster_bench import OpenAccount, write_table
+from tests.dagster_bench import SettingsOf, write_table
 
 
 @pytest.fixture
-def krea(tmp_path: Path, emulator: Emulator, open_account: OpenAccount) -> Krea:
-    settings = Settings(
-        api_key=open_account(),
-        base_url=emulator.url,
-        expected_latency_s=0.02,
-        prompts=str(tmp_path / "none.parquet"),
-        storage=str(tmp_path / "krea"),
-    )
+def krea(tmp_path: Path, settings_of: SettingsOf) -> Krea:
+    settings = settings_of("hash:8", prompts=str(tmp_path / "none.parquet"))
     return Krea(settings)
 
 

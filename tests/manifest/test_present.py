@@ -10,15 +10,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from krea_dagster import Curation, ExportSpec, Krea, PromptTable, Settings
+from krea_dagster import Curation, ExportSpec, Krea, PromptTable
 from krea_dagster.application.present_partitions import origin_of
 from krea_dagster.curation.gallery.filter import GalleryFilter
-from krea_dagster.emulator import Emulator
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import retire_manifests
 from krea_dagster.prompts import parse_partition_by
 from krea_dagster.spend.proof.findings import FindingKind
-from tests.dagster_bench import OpenAccount, write_table
+from tests.dagster_bench import SettingsOf, write_table
 
 ROWS = {
     "prompt_id": ["p1", "p2", "p3"],
@@ -29,15 +28,9 @@ ROWS = {
 
 
 @pytest.fixture
-def krea(tmp_path: Path, emulator: Emulator, open_account: OpenAccount) -> Krea:
-    settings = Settings(
-        api_key=open_account(),
-        base_url=emulator.url,
-        expected_latency_s=0.02,
-        prompts=write_table(tmp_path / "prompts.parquet", ROWS),
-        partition_by="column:campaign",
-        storage=str(tmp_path / "krea"),
-    )
+def krea(settings_of: SettingsOf) -> Krea:
+    settings = settings_of("column:campaign")
+    write_table(Path(settings.prompts), ROWS)
     return Krea(settings)
 
 

@@ -16,23 +16,19 @@ from krea_dagster import BuyOptions, ExportSpec, Krea, Settings
 from krea_dagster.application.manifest_frames import Selection, load
 from krea_dagster.cli.main import main
 from krea_dagster.curation.gallery.filter import GalleryFilter
-from krea_dagster.emulator import Emulator
-from tests.dagster_bench import OpenAccount, write_table
+from tests.dagster_bench import SettingsOf, write_table
 
 ROWS = {"prompt_id": ["a", "b", "c"], "prompt": ["a sail", "a mast", "a hull"], "size": ["1:2"] * 3}
 
 
 @pytest.fixture
-def krea(tmp_path: Path, emulator: Emulator, open_account: OpenAccount) -> Krea:
-    settings = Settings(
-        api_key=open_account(),
-        base_url=emulator.url,
-        expected_latency_s=0.02,
-        prompts=write_table(tmp_path / "prompts.parquet", ROWS),
-        partition_by="hash:2",
+def krea(tmp_path: Path, settings_of: SettingsOf) -> Krea:
+    settings = settings_of(
+        "hash:2",
         storage=str(tmp_path / "first"),
         journal_url=f"sqlite:///{tmp_path / 'journal.db'}",
     )
+    write_table(Path(settings.prompts), ROWS)
     krea = Krea(settings)
     krea.run()
     krea.run(options=BuyOptions(regenerate=["a"]))

@@ -114,7 +114,7 @@ def test_a_backfill_that_failed_before_its_first_run_is_launched_again_and_bough
     assert launches.tick() == [], "all is delivered"
 
 
-def test_partitions_with_a_run_of_the_backfill_are_left_alone_whatever_became_of_it(
+def test_partitions_with_a_run_of_the_backfill_are_left_alone_however_it_ended(
     launches: Launches,
 ) -> None:
     launches.lost("half", KEYS)
