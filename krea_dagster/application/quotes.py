@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from krea_dagster.application.backend import Backend
-from krea_dagster.application.batch import Batch, PlanState, has_begun
+from krea_dagster.application.batch import Batch, has_begun
+from krea_dagster.application.plan_state import PlanState
 from krea_dagster.application.pruning import pruned_note, pruned_rows
 from krea_dagster.digests import Mask, first_of_each
 from krea_dagster.engine.budget import CREDITS_PER_USD, Caps, Commitment

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from krea_dagster.application.backend import Backend
-from krea_dagster.application.batch import Batch, PlanState
+from krea_dagster.application.batch import Batch
 from krea_dagster.application.buy_options import BuyOptions
 from krea_dagster.application.curation import Curation
 from krea_dagster.application.manifest_summary import ManifestSummary
+from krea_dagster.application.plan_state import PlanState
 from krea_dagster.application.present_partitions import origin_of, retire_departed
 from krea_dagster.application.pruning import pruned_rows
 from krea_dagster.application.purchase import buy

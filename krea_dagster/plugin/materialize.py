@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from krea_dagster import file_locks
-from krea_dagster.application.batch import Batch, PlanState
+from krea_dagster.application.batch import Batch
 from krea_dagster.application.buy_options import BuyOptions
 from krea_dagster.application.finished import is_finished
 from krea_dagster.application.krea import Krea
+from krea_dagster.application.plan_state import PlanState
 from krea_dagster.application.present_partitions import retire_departed
 from krea_dagster.application.pruning import pruned_note, pruned_rows
 from krea_dagster.application.run import check_options
