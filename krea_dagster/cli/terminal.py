@@ -101,19 +101,6 @@ def _print_line(line: str) -> None:
     err.print(escape(printable(line)), soft_wrap=True)
 
 
-_SPEND_COUNTS: Final = (
-    "delivered",
-    "replaced",
-    "accepted",
-    "failed",
-    "refused",
-    "lost",
-    "rejected",
-    "unknown",
-    "pending",
-)
-
-
 def show_json(figures: object) -> None:
     """Print JSON on stdout; a decimal becomes a number with all of its digits."""
     # In ASCII: terminals interpret some other characters as commands.
