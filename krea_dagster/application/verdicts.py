@@ -276,7 +276,7 @@ class _Merge:
         rows = images.rows.get(sha256, ())
         if rows and for_row not in rows:
             for_row = rows[0]
-        return Verdict(
+        given = Verdict(
             verdict_id=_id_of(row, sha256, reviewer),
             image_sha256=sha256,
             verdict=row.verdict or NONE,
@@ -293,6 +293,8 @@ class _Merge:
             tags=row.tags,
             annotates=not row.verdict,
         )
+        given.check()
+        return given
 
 
 def _same(one: Verdict, given: Verdict, row: VerdictRow) -> bool:

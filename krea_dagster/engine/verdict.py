@@ -52,7 +52,7 @@ class TagChange:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A reviewer's verdict on one image. Raises InputError if it cannot be stored.
+    """A reviewer's verdict on one image.
 
     ``verdict_id`` is made by the caller and unique for each verdict, such as a UUID. ``verdict`` is
     one of ``VERDICTS``. The columns of the request, and ``table_id``, tell for which row the image
@@ -82,7 +82,8 @@ class Verdict:
     annotates: bool = False
     tag_change: TagChange | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise InputError if the verdict cannot be stored. Stored ones are not checked again."""
         if self.verdict not in VERDICTS:
             raise InputError(f"unknown verdict {self.verdict!r}; use one of {', '.join(VERDICTS)}")
         if len(self.image_sha256) != 64 or not _HEX.issuperset(self.image_sha256):

@@ -72,12 +72,14 @@ def verdict_of(entry: Mapping[str, Any]) -> Verdict:
     numbers = [entry.get(one) for one in ("sample", "attempt")]
     if wrong or not all(type(one) is int and 0 <= one < 2**31 for one in numbers):
         raise InputError(f"the verdict lacks {', '.join(wrong) or 'a sample or attempt'}")
-    return Verdict(
+    given = Verdict(
         **{one: entry[one] for one in _TEXTS},
         sample=entry["sample"],
         attempt=entry["attempt"],
         **vars(Said.of(entry)),
     )
+    given.check()
+    return given
 
 
 class PostedVerdicts:

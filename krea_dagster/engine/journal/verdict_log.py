@@ -15,6 +15,7 @@ and readers never wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -71,10 +72,13 @@ class VerdictLog(DatabaseLog):
 
         Two verdicts on one image keep the order of ``given``. What a verdict leaves out is taken
         from the one before it (``Verdict.after``). A verdict whose id exists is not added again:
-        the existing one is returned instead. Raises InputError where an image gets too many tags.
+        the existing one is returned instead. Raises InputError where one cannot be stored, or an
+        image gets too many tags.
         """
         if not given:
             return []
+        for one in given:
+            one.check()
 
         def write(connection: Connection) -> list[Verdict]:
             if not self._database.sqlite:
@@ -97,8 +101,9 @@ class VerdictLog(DatabaseLog):
                 end = connection.execute(select(func.max(verdicts.c.number))).scalar() or 0
                 connection.execute(insert(verdicts), [_row(one) for one in new.values()])
                 # With the lock held, all later numbers are those of this commit.
-                added = connection.execute(_EVERY.where(verdicts.c.number > end))
-                known |= {row.verdict_id: _verdict(row) for row in added}
+                numbers = select(verdicts.c.verdict_id, verdicts.c.number)
+                added = connection.execute(numbers.where(verdicts.c.number > end)).all()
+                known |= {name: replace(new[name], number=number) for name, number in added}
             return [known[one.verdict_id] for one in given]
 
         return self._database.write("write verdicts to", write)
@@ -135,11 +140,11 @@ class VerdictLog(DatabaseLog):
         numbers = _ALL if of is None else of
         rows: list[Any] = []
         if wanted is None or len(wanted) > _MANY:
-            rows += connection.execute(_last_of(numbers))
+            rows += connection.execute(_last_of(numbers)).all()
         else:
             for chunk in chunks(sorted(wanted)):
                 some = numbers.where(verdicts.c.image_sha256.in_(chunk))
-                rows += connection.execute(_last_of(some))
+                rows += connection.execute(_last_of(some)).all()
         return {
             row.image_sha256: _verdict(row)
             for row in rows
@@ -196,7 +201,10 @@ def _row(one: Verdict) -> dict[str, Any]:
 _NOT_STORED: Final = frozenset({"number", "tag_change"})
 
 
+_NAMES: Final = tuple(verdicts.c.keys())
+
+
 def _verdict(row: Any) -> Verdict:
-    columns = row._asdict()
+    columns = dict(zip(_NAMES, row, strict=True))
     columns["tags"] = tuple(columns["tags"].split(_COMMA)) if columns["tags"] else ()
     return Verdict(**columns)

@@ -198,11 +198,11 @@ def test_on_one_image_times_have_the_order_of_the_verdicts(log: VerdictLog) -> N
 @pytest.mark.parametrize(
     "tag", ["", " ", " a", "a,b", "a;b", "a  b", "a\nb", "a\x00b", "\ud800", "x" * 65]
 )
-def test_what_cannot_be_a_tag_is_refused(tag: str) -> None:
+def test_what_cannot_be_a_tag_is_refused(log: VerdictLog, tag: str) -> None:
     with pytest.raises(InputError, match="is not a tag"):
         TagChange((tag,))
     with pytest.raises(InputError, match="is not a tag"):
-        on(1, tags=(tag,))
+        log.add([on(1, tags=(tag,))])
 
 
 def test_an_image_has_a_bounded_number_of_tags(log: VerdictLog) -> None:
@@ -225,9 +225,12 @@ def test_an_image_has_a_bounded_number_of_tags(log: VerdictLog) -> None:
         ({"reason": "a\x00b"}, "a verdict's reason must be a text of at most 2000"),
     ],
 )
-def test_invalid_verdicts_are_refused_before_writing(wrong: dict[str, object], said: str) -> None:
+def test_invalid_verdicts_are_refused_before_writing(
+    log: VerdictLog, wrong: dict[str, object], said: str
+) -> None:
     with pytest.raises(InputError, match=said):
-        on(1, **wrong)  # type: ignore[arg-type]  # wrong on purpose
+        log.add([on(2), on(1, **wrong)])  # type: ignore[arg-type]  # wrong on purpose
+    assert log.history() == []
 
 
 # -- append only ------------------------------------------------------------------------------
