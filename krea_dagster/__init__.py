@@ -39,8 +39,10 @@ if TYPE_CHECKING:
     from krea_dagster.plugin.resource import KreaResource
     from krea_dagster.plugin.schedules import build_krea_schedule
     from krea_dagster.plugin.sensors.prompts import on_prompts_changed
+    from krea_dagster.plugin.sensors.spend_alerts import build_spend_alerts
     from krea_dagster.plugin.tables import build_krea_tables
     from krea_dagster.prompts import Defaults, PromptTable, SqlTable
+    from krea_dagster.spend.warnings.warnings import SpendWarning
 
 __all__ = [
     "BuyOptions",
@@ -58,6 +60,7 @@ __all__ = [
     "Measure",
     "PromptTable",
     "Settings",
+    "SpendWarning",
     "SqlTable",
     "build_failure_share_check",
     "build_files_check",
@@ -67,6 +70,7 @@ __all__ = [
     "build_krea_schedule",
     "build_krea_tables",
     "build_manifest_schema_check",
+    "build_spend_alerts",
     "build_spend_check",
     "definitions_from_environment",
     "failure_of",
@@ -89,6 +93,7 @@ _MODULES: Final = {
     "Measure": "curation.measures.custom",
     "PromptTable": "prompts",
     "Settings": "application.settings",
+    "SpendWarning": "spend.warnings.warnings",
     "SqlTable": "prompts",
     "build_failure_share_check": "plugin.checks",
     "build_files_check": "plugin.checks",
@@ -98,6 +103,7 @@ _MODULES: Final = {
     "build_krea_schedule": "plugin.schedules",
     "build_krea_tables": "plugin.tables",
     "build_manifest_schema_check": "plugin.checks",
+    "build_spend_alerts": "plugin.sensors.spend_alerts",
     "build_spend_check": "plugin.checks",
     "definitions_from_environment": "plugin.environment",
     "failure_of": "plugin.failures",

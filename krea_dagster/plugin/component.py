@@ -229,6 +229,13 @@ class KreaImages(dg.Component, YamlSection):
         default=[],
         description="Budgets that warn and stop nothing, written as krea.budgets.",
     )
+    spend_schedule: str | None = Field(
+        default=None,
+        description=(
+            "When the job krea_spend updates the spend tables and looks for warnings, such as "
+            "0 7 * * *, in krea.timezone. It buys nothing, so it is on once it is given."
+        ),
+    )
     in_process: bool = Field(
         default=True,
         description=(
@@ -302,6 +309,7 @@ class KreaImages(dg.Component, YamlSection):
             credits_per_usd=self.credits_per_usd,
             spend_by=self.spend_by,
             soft_budgets=self.soft_budgets,
+            spend_schedule=self.spend_schedule,
             collect_later=self.collect_later,
             prune_partitions=self.prune_partitions,
             curation=self._curation(),

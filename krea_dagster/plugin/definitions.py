@@ -59,6 +59,7 @@ def build_krea_definitions(
     credits_per_usd: float = CREDITS_PER_USD,
     spend_by: Sequence[str] = (),
     soft_budgets: Sequence[str] = (),
+    spend_schedule: str | None = None,
     collect_later: bool = False,
     prune_partitions: bool = False,
     curation: Curation | bool = True,
@@ -111,6 +112,9 @@ def build_krea_definitions(
         spend_by: Further columns of the prompt table that the daily sums are grouped by.
         soft_budgets: Budgets, written as in ``KreaResource.budgets``, that stop nothing: the
             checks of ``spend_daily`` warn before they are used up and afterwards.
+        spend_schedule: When the job ``krea_spend`` updates the spend tables and looks for warnings,
+            as a cron expression such as ``0 7 * * *``, in the resource's ``timezone``. It buys
+            nothing, so it is on once it is given.
         collect_later: Runs submit and end. The sensor ``krea_collect`` launches the runs that
             collect, when callbacks arrive or images should be finished.
         prune_partitions: Remove partitions by a column whose value has left the table, once no run
@@ -140,6 +144,7 @@ def build_krea_definitions(
           ``krea_collect``;
         - the checks ``all_rows_delivered``, ``spend_proof``, those of ``checks``,
           ``no_near_duplicates``, and for ``spend_daily`` one for each kind of warning;
+        - with ``spend_schedule`` the schedule ``krea_spend_schedule``;
         - the resources ``krea`` and ``krea_manifest``.
 
     Raises:
@@ -215,6 +220,8 @@ def build_krea_definitions(
                 credits_per_usd=credits_per_usd,
                 by=spend_by,
                 budgets=soft_budgets,
+                schedule=spend_schedule,
+                zone=text_of(krea.timezone),
             )
         )
     if salvage:
@@ -286,7 +293,7 @@ def prompt_table(
 
 def _kept_source(names: Names, krea: KreaResource) -> str:
     """Return the folder in which the value of an asset is kept. Raises ConfigError."""
-    storage = _storage_of(krea)
+    storage = text_of(krea.storage)
     if not storage:
         raise ConfigError(
             "the storage root is not known (is its variable set?); the prompts that an asset makes "
@@ -332,13 +339,13 @@ def _prompts_options(
     """Return how the table is opened: as given, else as a storage root of the same kind."""
     if options:
         return named_options(options)
-    is_alike = same_kind(prompts, _storage_of(krea))
+    is_alike = same_kind(prompts, text_of(krea.storage))
     return named_options(krea.storage_options) if is_alike else {}
 
 
-def _storage_of(krea: KreaResource) -> str:
-    storage = krea.storage
-    return storage.get_value() or "" if isinstance(storage, dg.EnvVar) else storage
+def text_of(setting: str) -> str:
+    """Return a setting of the resource outside a run, where Dagster leaves an EnvVar as it is."""
+    return setting.get_value() or "" if isinstance(setting, dg.EnvVar) else setting
 
 
 def _with_absolute_storage(krea: KreaResource) -> tuple[KreaResource, str]:

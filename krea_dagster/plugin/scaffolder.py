@@ -20,6 +20,7 @@ FIRST_PROMPTS: Final = (
 _FURTHER: Final = """\
     # run_credits: 10  # maximum credits of a run; rows beyond it are deferred
     # day_credits: 100  # maximum credits of a UTC day, for all runs
+  # spend_schedule: 0 7 * * *  # when the spend tables are updated and looked at for warnings
   # collect_later: true  # runs do not wait for their images; a sensor launches those that collect
 requirements:
   env:

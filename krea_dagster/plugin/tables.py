@@ -9,7 +9,7 @@ from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.assets.salvage import SalvagedTable, build_salvage
 from krea_dagster.plugin.assets.spend import build_spend
-from krea_dagster.plugin.definitions import build_krea_definitions, prompt_table
+from krea_dagster.plugin.definitions import build_krea_definitions, prompt_table, text_of
 from krea_dagster.plugin.names import Names
 from krea_dagster.plugin.resource import KreaResource
 
@@ -31,6 +31,7 @@ _SHARED: Final = frozenset(
         "credits_per_usd",
         "spend_by",
         "soft_budgets",
+        "spend_schedule",
     ]
 )
 
@@ -46,6 +47,7 @@ def build_krea_tables(
     credits_per_usd: float = CREDITS_PER_USD,
     spend_by: Sequence[str] = (),
     soft_budgets: Sequence[str] = (),
+    spend_schedule: str | None = None,
     executor: dg.ExecutorDefinition | None = dg.in_process_executor,
 ) -> dg.Definitions:
     """Build the code location of several prompt tables that share a resource and its journal.
@@ -65,6 +67,7 @@ def build_krea_tables(
         credits_per_usd: Exchange rate of the dollars in the spend tables.
         spend_by: Further columns of the prompt tables that the daily sums are grouped by.
         soft_budgets: Budgets that warn and stop nothing.
+        spend_schedule: When the job ``krea_spend`` runs, as a cron expression.
         executor: The code location's executor; None if other definitions bring one.
 
     Returns:
@@ -111,7 +114,13 @@ def build_krea_tables(
         keys = [one.manifest_key for one in salvaged]
         parts.append(
             build_spend(
-                names, keys, credits_per_usd=credits_per_usd, by=spend_by, budgets=soft_budgets
+                names,
+                keys,
+                credits_per_usd=credits_per_usd,
+                by=spend_by,
+                budgets=soft_budgets,
+                schedule=spend_schedule,
+                zone=text_of(krea.timezone),
             )
         )
     if salvage:

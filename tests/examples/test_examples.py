@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from krea_dagster import __all__ as public_names
+from tests.examples.local_servers import mail_server, webhook
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -89,6 +90,26 @@ def test_the_spend_dashboard_adds_up(tmp_path: Path) -> None:
     ]
     manifest = pd.read_parquet(tmp_path / "krea" / "manifest")
     assert manifest["credits_charged"].sum() == pytest.approx(3.15 + 1.35)
+
+
+def test_alerts_reach_a_mail_server_and_a_webhook_once_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with mail_server() as (address, mails), webhook() as (url, calls):
+        monkeypatch.setenv("MAIL_SERVER", address)
+        monkeypatch.setenv("WEBHOOK_URL", url)
+        said = run("spend_alerts", tmp_path)
+    assert said.splitlines() == [
+        "mail_alerts: Posted 1 of 1 warnings.",
+        "webhook_alerts: Posted 1 of 1 warnings.",
+        "mail_alerts: Posted 0 of 1 warnings.",
+        "webhook_alerts: Posted 0 of 1 warnings.",
+    ]
+    ((mail,), (call,)) = mails, calls
+    assert mail["To"] == "finance@example.com"
+    assert "0.90 credits of 0.50 credits (180%) of the budget for" in mail["Subject"]
+    assert (call["credits"], call["level"]) == ("0.9", "warning")
+    assert call["id"] in mail.get_content()
 
 
 def test_prompts_from_pandas_are_made_before_their_images_and_only_changed_ones_bought(

@@ -105,6 +105,7 @@ EVERYTHING: dict[str, Any] = {
     "credits_per_usd": 70.0,
     "spend_by": ["campaign"],
     "soft_budgets": ["month=500"],
+    "spend_schedule": "0 7 * * *",
     "collect_later": True,
     "curation": {
         "accept": ["sharpness>=40"],

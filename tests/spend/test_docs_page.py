@@ -1,24 +1,29 @@
-"""docs/how-to/spend.md: its ten queries have the printed results on the sample data."""
+"""docs/how-to/spend.md: its ten queries have the printed results, and its code runs."""
 
 from __future__ import annotations
 
 import re
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
+import dagster as dg
 import pytest
 
 from krea_dagster import cli
+from krea_dagster.application.spend import update_tables
 from krea_dagster.emulator import Emulator
 from krea_dagster.prompts import PromptTable, parse_partition_by
-from tests.dagster_bench import OpenAccount
+from tests.dagster_bench import OpenAccount, tick
 from tests.spend.project_harness import ProjectHarness
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "data" / "prompts.parquet"
+PAGE = (ROOT / "docs" / "how-to" / "spend.md").read_text(encoding="utf-8")
 QUESTIONS = re.findall(
     r"^### \d+\. (.+?)\n\n```sql\n(.+?)\n```\n\n```text\n(.+?)\n```$",
-    (ROOT / "docs" / "how-to" / "spend.md").read_text(),
+    PAGE,
     re.DOTALL | re.MULTILINE,
 )
 
@@ -61,3 +66,41 @@ def test_the_answer_is_the_one_on_the_page(
     with pytest.raises(SystemExit, match="0"):
         cli.run()
     assert capsys.readouterr().out.strip() == answer
+
+
+class SlackResource(dg.ConfigurableResource[None]):
+    """dagster-slack's resource without Slack: its client keeps what it is given."""
+
+    token: str
+
+    def get_client(self) -> SlackResource:
+        return self
+
+    def chat_postMessage(self, **message: str) -> None:  # noqa: N802 - Slack's name
+        SENT.append({**message, "token": self.token})
+
+
+SENT: list[dict[str, str]] = []
+
+
+def test_its_alerts_reach_slack(
+    bought_project: ProjectHarness,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    package = types.ModuleType("dagster_slack")
+    package.SlackResource = SlackResource  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "dagster_slack", package)
+    monkeypatch.setenv("SLACK_TOKEN", "xoxb-1")
+    made: dict[str, Any] = {}
+    (block,) = re.findall(r"```python\n(.+?)```", PAGE, re.DOTALL)
+    exec(compile(block, "spend.md", "exec", dont_inherit=True), made)  # noqa: S102 - our own code
+    project = bought_project.with_settings(soft_budgets=["day=2"])
+    update_tables(project.krea)
+    defs = dg.Definitions.merge(
+        made["alerts"], dg.Definitions(resources={"krea": project.resource})
+    )
+    tick(defs, instance, "krea_spend_alerts")
+    (sent,) = SENT
+    assert (sent["channel"], sent["token"]) == ("#finance", "xoxb-1")
+    assert sent["text"].startswith("warning: 1.80 credits of 2.00 credits (90%) of the budget for")

@@ -387,6 +387,20 @@ account_readings: Final = Table(
     Column("remaining_units", BigInteger, nullable=False),
 )
 
+#: Warnings about the spend that are alerts, by the channel that posts them. ``warning`` is a JSON
+#: object. The row is removed when the warning is posted and no longer found, so that the next one
+#: is posted again.
+spend_alerts: Final = Table(
+    "spend_alerts",
+    metadata,
+    Column("channel", String(255), primary_key=True),
+    Column("warning_id", String(16), primary_key=True),
+    Column("warning", Text, nullable=False),
+    Column("seen_at", UtcTime, nullable=False),
+    Column("claimed_by", String(64), ForeignKey("owners.owner", ondelete="SET NULL")),
+    Column("posted_at", UtcTime),
+)
+
 #: Received callbacks by request: hints from anyone who knows the address, not facts.
 callbacks: Final = Table(
     "callbacks",

@@ -13,6 +13,7 @@ from pydantic import Field
 from krea_dagster.application.spend import update_tables
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.errors import ConfigError
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.checks.spend_proof import build_spend_proof_check
 from krea_dagster.plugin.checks.spend_warnings import build_spend_warnings_checks
@@ -44,13 +45,16 @@ def build_spend(
     credits_per_usd: float = CREDITS_PER_USD,
     by: Sequence[str] = (),
     budgets: Sequence[str] = (),
+    schedule: str | None = None,
+    zone: str = "UTC",
 ) -> dg.Definitions:
     """Build ``spend_ledger`` and ``spend_daily`` with their checks and jobs.
 
     Both are made from the journal and the ``manifests``, without network, a month at a time: new
     purchases, and those that have settled since. ``by`` are further columns of the prompt table
-    that the daily sums are grouped by; ``budgets`` are soft ones. Raises ConfigError for a column
-    that the daily sums already have, or a malformed budget.
+    that the daily sums are grouped by; ``budgets`` are soft ones; ``schedule`` is a cron expression
+    in the time zone ``zone``. Raises ConfigError for a column that the daily sums already have, a
+    malformed budget, or an impossible schedule.
     """
     ledger_key, daily_key = names.key("spend_ledger"), names.key("spend_daily")
 
@@ -112,8 +116,26 @@ def build_spend(
         daily_key, resource_key=names.resource_key, budgets=budgets
     )
     return dg.Definitions(
-        assets=[spend_tables], asset_checks=[proof, warnings], jobs=[job, proof_job]
+        assets=[spend_tables],
+        asset_checks=[proof, warnings],
+        jobs=[job, proof_job],
+        schedules=[] if schedule is None else [_schedule(names, job, schedule, zone)],
     )
+
+
+def _schedule(names: Names, job: Any, cron: str, zone: str) -> dg.ScheduleDefinition:
+    """Build the schedule of the job, which is on: it buys nothing. Raises ConfigError."""
+    try:
+        return dg.ScheduleDefinition(
+            name=names.prefixed("krea_spend_schedule"),
+            job=job,
+            cron_schedule=cron,
+            execution_timezone=zone,
+            default_status=dg.DefaultScheduleStatus.RUNNING,
+            description="Updates the spend tables, and checks them for warnings.",
+        )
+    except dg.DagsterInvalidDefinitionError as error:
+        raise ConfigError(f"spend_schedule cannot be used: {error}") from error
 
 
 def _table_specs(

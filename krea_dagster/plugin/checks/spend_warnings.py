@@ -1,24 +1,18 @@
 """The asset checks of ``spend_daily``, one for each kind of warning in the spend tables."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from typing import Any, Final
 
 import dagster as dg
 
-from krea_dagster.application.backend import Backend
+from krea_dagster.application.spend_alerts import recent_warnings
 from krea_dagster.engine.budget import Budget
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import small_table
 from krea_dagster.plugin.resource import krea_of
-from krea_dagster.spend.proof.verify import account_proof
-from krea_dagster.spend.tables.query import stored_tables
-from krea_dagster.spend.warnings.load_history import observe
-from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind, find_warnings
-
-#: Days after its last day for which a warning fails its check.
-_RECENT_DAYS: Final = 7
+from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind
 
 #: What each check verifies, by its kind; the check's name is ``spend_`` and the kind.
 _DESCRIPTIONS: Final[Mapping[WarningKind, str]] = {
@@ -46,10 +40,11 @@ def build_spend_warnings_checks(
 ) -> dg.AssetChecksDefinition:
     """Build the checks of ``spend_daily``, one for each kind of warning.
 
-    They are warnings, except a difference between account and journal, which is an error.
-    ``budgets`` are soft ones, written as those of ``KreaResource.budgets``: ``month=900``,
-    ``partition=20``, or ``column:campaign:autumn=100`` for a column of ``spend_daily``. A warning
-    fails its check until seven days after its last day. Needs no network. Raises ConfigError.
+    They are warnings, except a difference between account and journal, which is an error. All
+    budgets of the resource count; ``budgets`` are further soft ones, written as those:
+    ``month=900``, ``partition=20``, or ``column:campaign:autumn=100`` for a column of the prompt
+    table. A warning fails its check until seven days after its last day. Needs no network. Raises
+    ConfigError.
     """
     parsed = [Budget.parse(text) for text in budgets]
     specs = [
@@ -75,26 +70,6 @@ def build_spend_warnings_checks(
                 yield _result(daily_key, name, kind, found)
 
     return spend_warnings
-
-
-def recent_warnings(
-    krea: Backend, budgets: Sequence[Budget] = (), *, now: datetime
-) -> list[SpendWarning] | None:
-    """Return the warnings of the last days in the spend tables; None without spend tables.
-
-    Raises ConfigError for a budget of an unknown column, and JournalError.
-    """
-    tables = stored_tables(krea.open_storage())
-    if not tables.months:
-        return None
-    proof = None
-    if krea.has_journal():
-        with krea.open_journal() as journal:
-            proof = account_proof(journal)
-    every = [*budgets, *krea.soft_budgets()]
-    history = observe(tables, now=now, budgets=every, account=proof)
-    since = now.astimezone(timezone.utc).date() - timedelta(days=_RECENT_DAYS)
-    return [one for one in find_warnings(history, now) if one.until >= since]
 
 
 def _result(

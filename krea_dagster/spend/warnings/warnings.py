@@ -6,15 +6,18 @@ findings as a look on each day.
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta, timezone
+from decimal import Decimal
 from enum import Enum
 from math import sqrt
 from statistics import median
 from typing import Final
 
+from krea_dagster.models import UNITS_PER_CREDIT
 from krea_dagster.spend.text import credits_words, day_words, rough
 from krea_dagster.spend.warnings.anomaly import (
     LEARNING_DAYS,
@@ -82,8 +85,15 @@ class Level(str, Enum):
 class SpendWarning:
     """A sentence with figures, the first and last day that it was true, and what to do.
 
-    ``units`` is the money in question. ``about`` is the partition, quality, error code or budget
-    concerned; empty: all.
+    Attributes:
+        kind: What kind of warning it is.
+        text: The sentence.
+        since: The first day.
+        until: The last day.
+        advice: What to do, in a sentence.
+        units: The money in question, in 1/10,000 credits.
+        about: The partition, quality, error code or budget concerned; empty: all.
+        subject: What identifies it among those of its kind; by default ``about`` and ``since``.
     """
 
     kind: WarningKind
@@ -93,6 +103,18 @@ class SpendWarning:
     advice: str
     units: int = 0
     about: str = ""
+    subject: str = ""
+
+    @property
+    def warning_id(self) -> str:
+        """Ten characters that stay the same while the warning grows, on every machine."""
+        subject = self.subject or f"{self.about}\n{self.since}"
+        return hashlib.sha256(f"{self.kind.value}\n{subject}".encode()).hexdigest()[:10]
+
+    @property
+    def credits(self) -> Decimal:
+        """The money in question, in credits."""
+        return Decimal(self.units) / UNITS_PER_CREDIT
 
     @property
     def level(self) -> Level:
@@ -160,6 +182,7 @@ def _budgets(uses: Sequence[BudgetUse], today: date, now: datetime) -> Iterator[
             continue  # a month's budget may be nearly used when the month is nearly over
         of = "" if share == float("inf") else f" ({share:.0%})"
         name = {"day": day_words(today), "month": f"{today:%B %Y}", "total": use.name}[use.period]
+        period = {"day": f"{today}", "month": f"{today:%Y-%m}", "total": ""}[use.period]
         text = (
             f"{credits_words(use.used_units)} of {credits_words(use.cap_units)}{of} of the "
             f"budget for {name} are used"
@@ -174,6 +197,7 @@ def _budgets(uses: Sequence[BudgetUse], today: date, now: datetime) -> Iterator[
             "Request fewer images, or raise the budget; `krea-dagster spend` shows the use.",
             use.used_units,
             use.name,
+            f"{use.name}\n{use.cap_units}\n{period}",
         )
 
 
@@ -197,6 +221,7 @@ def _forecast(
             "Postpone rows that can wait, or set a hard budget, which defers rows in time.",
             forecast.expected_units - use.cap_units,
             use.name,
+            f"{use.name}\n{use.cap_units}\n{today:%Y-%m}",
         )
 
 
