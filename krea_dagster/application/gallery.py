@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from krea_dagster.application.backend import Backend
-from krea_dagster.application.curation import current_verdicts
+from krea_dagster.application.curation import open_verdicts
 from krea_dagster.application.earlier import earlier_images_of
 from krea_dagster.curation.gallery.filter import GalleryFilter, select_rows
 from krea_dagster.curation.gallery.page import GallerySummary, estimate, write_gallery
@@ -28,13 +28,14 @@ def write(
 ) -> GallerySummary:
     """Write the page; see ``Krea.gallery``."""
     filters, storage = filters or GalleryFilter(), backend.open_storage()
-    verdicts = current_verdicts(backend)
-    if verdicts is None and filters.verdicts:
+    with open_verdicts(backend) as log:
+        verdicts = {} if log is None else log.annotated()
+    if log is None and filters.verdicts:
         raise ConfigError(
             "there is no journal to read verdicts from; set KREA_JOURNAL_URL, or omit --verdict"
         )
     earlier = earlier_images_of(backend) if filters.earlier else None
-    chosen = select_rows(storage, filters, verdicts or {}, earlier=earlier)
+    chosen = select_rows(storage, filters, verdicts, earlier=earlier)
     if not chosen.matched:
         raise ConfigError(
             "no row matches the filter. Remove a --where, --verdict or --partition, or use "

@@ -26,6 +26,7 @@ _EPILOG: Final = """
 \b
   krea-dagster gallery --partition bucket-000
   krea-dagster gallery --where campaign=autumn --verdict keep -o autumn.html
+  krea-dagster gallery --verdict reject --by campaign
 
 \b
 Exit codes: 0 done, 1 some stored files are missing or changed (marked on the
@@ -61,6 +62,12 @@ page), 2 invalid usage or no matching rows.
 )
 @earlier_option
 @click.option(
+    "--by",
+    default="partition_key",
+    metavar="COLUMN",
+    help="Column whose values are the sections.  [default: the partition]",
+)
+@click.option(
     "--limit",
     default=500,
     show_default=True,
@@ -91,6 +98,7 @@ def gallery_command(
     statuses: tuple[str, ...],
     verdicts: tuple[str, ...],
     earlier: bool,
+    by: str,
     limit: int,
     pixels: int,
     most_mb: float,
@@ -112,6 +120,7 @@ def gallery_command(
         verdicts=verdicts,
         limit=limit,
         earlier=earlier,
+        by=by,
     )
     written = open_krea().gallery(
         output,

@@ -15,9 +15,10 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from krea_dagster.curation.gallery.filter import GalleryFilter, select_rows
 from krea_dagster.curation.gallery.page import write_gallery
 from krea_dagster.engine.budget import Budget
+from krea_dagster.engine.verdict import Verdict
 from krea_dagster.spend.report.report import write_report
 from krea_dagster.spend.tables.views import SpendTables
-from tests.curation.gallery.gallery_harness import HOSTILE, PROMPTS, GalleryProject
+from tests.curation.gallery.gallery_harness import HOSTILE, PROMPTS, GalleryProject, judged
 from tests.spend.simulated_tables import simulated_year
 
 DESK, PHONE = 1440, 390
@@ -70,7 +71,7 @@ class FileVisit:
 def make_gallery(root: Path) -> Path:
     """Write a gallery: several shapes and scripts, a long and a hostile prompt, and failures."""
     project = GalleryProject(root / "krea")
-    verdicts: dict[str, str] = {}
+    verdicts: dict[str, Verdict] = {}
     for number in range(16):
         size, pixels = _SHAPES[number % 4 if number >= 8 else 0]
         row = project.add_image(
@@ -83,7 +84,9 @@ def make_gallery(root: Path) -> Path:
             sample=number % 2,
         )
         if number % 3 == 0:
-            verdicts[row["image_sha256"]] = ("keep", "keep", "reject", "flag")[number // 3 % 4]
+            verdict = ("keep", "keep", "reject", "flag")[number // 3 % 4]
+            reason = "too dark at the left edge" if verdict == "reject" else None
+            verdicts |= judged(row, verdict, reason=reason, tags=("coast",), note="for the cover")
     project.add_image("long", LONG_PROMPT, partition="bucket-001")
     project.add_image("hostile", HOSTILE, partition="bucket-001")
     project.path_of(project.add_image("gone", PROMPTS[1], partition="bucket-001")).unlink()

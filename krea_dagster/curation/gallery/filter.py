@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from krea_dagster.curation.column_filter import ColumnFilter, matching
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.engine.verdict import NONE, Verdict
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import manifest_name, manifest_names, no_column
 from krea_dagster.parquet_files import open_parquet
@@ -24,7 +25,7 @@ COLUMNS: Final = (
 )  # fmt: skip
 
 #: For images without a verdict.
-NO_VERDICT: Final = "none"
+NO_VERDICT: Final = NONE
 VERDICTS: Final = ("keep", "reject", "flag", NO_VERDICT)
 
 #: Rows per batch read.
@@ -37,7 +38,8 @@ class GalleryFilter:
 
     ``where`` holds columns and values, as text. An empty value matches null and empty text. A
     column given several times matches any of its values. ``verdicts`` may contain ``none``.
-    ``earlier`` also shows the images of rows that were changed or removed.
+    ``earlier`` also shows the images of rows that were changed or removed. ``by`` is the column
+    whose values are the page's sections.
     """
 
     partitions: Sequence[str] = ()
@@ -46,6 +48,7 @@ class GalleryFilter:
     verdicts: Sequence[str] = ()
     limit: int = 500
     earlier: bool = False
+    by: str = "partition_key"
 
     def __post_init__(self) -> None:
         known = {state.value for state in State}
@@ -89,21 +92,22 @@ class GalleryRows:
 def select_rows(
     storage: Storage,
     filters: GalleryFilter,
-    verdicts: Mapping[str, str],
+    verdicts: Mapping[str, Verdict],
     folders: Sequence[str] = (),
     earlier: pa.Table | None = None,
 ) -> GalleryRows:
-    """Select rows of the manifests. ``verdicts`` are the current ones, by sha256.
+    """Select rows of the manifests. ``verdicts`` say what was said last of an image, by sha256.
 
-    Each row has ``COLUMNS``, ``verdict`` (None without one) and ``earlier``: the rows of that table
-    follow those of the manifests. Raises ConfigError for an unknown partition or column, for an
+    Each row has ``COLUMNS``, the column of ``filters.by`` as ``section``, ``said`` (its verdict
+    with reason, tags and note, or None) and ``earlier``: the rows of that table follow those of the
+    manifests. Raises ConfigError for an unknown partition or column, for an
     invalid value, and where there is no manifest.
     """
     known: dict[str, None] = {}
     reviewed = pa.array(verdicts, pa.string())
-    given = pa.array(verdicts.values(), pa.string())
+    given = pa.array((one.verdict for one in verdicts.values()), pa.string())
     found = GalleryRows()
-    wanted = list(dict.fromkeys([*COLUMNS, *(one.column for one in filters.where)]))
+    wanted = list(dict.fromkeys([*COLUMNS, filters.by, *(one.column for one in filters.where)]))
 
     def add(batches: Iterable[pa.RecordBatch], *, earlier: bool) -> None:
         for batch in batches:
@@ -112,8 +116,10 @@ def select_rows(
             rows = _matching(batch, filters, verdict)
             found.matched += rows.num_rows
             room = filters.limit - len(found.rows)
-            shown = rows.slice(0, room).select([*COLUMNS, "verdict"]).to_pylist()
-            found.rows += [{**row, "earlier": earlier} for row in shown]
+            for row in rows.slice(0, room).to_pylist():
+                said = verdicts.get(row["image_sha256"])
+                section = row.get(filters.by)
+                found.rows.append({**row, "said": said, "section": section, "earlier": earlier})
 
     for name in _names(storage, filters, folders):
         with storage.open(name) as opened:
@@ -128,9 +134,9 @@ def select_rows(
             earlier = earlier.filter(pc.is_in(earlier["partition_key"], value_set=wished))
         present = [one for one in wanted if one in earlier.column_names]
         add(earlier.select(present).to_batches(), earlier=True)
-    for one in filters.where:
-        if one.column not in known:
-            raise no_column(one.column, known)
+    for column in (filters.by, *(one.column for one in filters.where)):
+        if column not in known:
+            raise no_column(column, known)
     return found
 
 
@@ -159,7 +165,7 @@ def _matching(batch: pa.RecordBatch, filters: GalleryFilter, verdict: pa.Array) 
     if filters.verdicts:
         shown = verdict.fill_null(NO_VERDICT)
         mask = pc.and_(mask, pc.is_in(shown, value_set=pa.array(filters.verdicts)))
-    return pa.Table.from_batches([batch]).append_column("verdict", verdict).filter(mask)
+    return pa.Table.from_batches([batch]).filter(mask)
 
 
 def _list(words: Sequence[str] | set[str]) -> str:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
 from importlib.resources import files
-from itertools import groupby
 from types import MappingProxyType
 from typing import Any, BinaryIO, Final
 
@@ -38,6 +37,7 @@ from krea_dagster.curation.thumbnails import (
 from krea_dagster.engine.record import PRUNED
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.engine.verdict import NONE, Verdict
 from krea_dagster.errors import ConfigError
 
 #: The default for the longest side of a thumbnail, pixels, and for the size of a page.
@@ -143,9 +143,7 @@ def write_gallery(
         .render(
             title=_readable(title),
             filter_text=_readable(filter_text),
-            groups=[
-                (key, list(group)) for key, group in groupby(cards, lambda card: card["partition"])
-            ],
+            sections=_sections(cards),
             count=len(cards),
             shown=shown,
             missing=missing,
@@ -239,16 +237,36 @@ def _card(row: dict[str, Any], thumbnail: Thumbnail) -> dict[str, Any]:
         "prompt_id": _readable(row["prompt_id"] or ""),
         "sample": row["sample"],
         "attempt": row["attempt"],
-        "partition": _EARLIER if row["earlier"] else _readable(row["partition_key"] or ""),
+        "section": _EARLIER if row["earlier"] else _readable(str(row["section"] or "")),
         "seed": row["seed"],
         "size": " ".join(one for one in (row["size"], row["quality"]) if one),
         "pixels": f"{row['width']} × {row['height']}" if row["width"] and row["height"] else "",
         "credits": row["credits_charged"],
         "request_key": row["request_key"] or "",
         "sha256": row["image_sha256"] or "",
-        "verdict": row.get("verdict"),
+        **_said(row["said"]),
         "bytes": len(image) + 3 * len(str(escape(prompt)).encode()) + _MARKUP_BYTES,
     }
+
+
+def _said(one: Verdict | None) -> dict[str, Any]:
+    """Return what a reviewer said of an image."""
+    if one is None:
+        return {"verdict": "", "reason": "", "tags": "", "note": ""}
+    return {
+        "verdict": "" if one.verdict == NONE else one.verdict,
+        "reason": _readable(one.reason or ""),
+        "tags": ", ".join(one.tags or ()),
+        "note": _readable(one.note or ""),
+    }
+
+
+def _sections(cards: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return the cards by section, in the order of each section's first; earlier images last."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for card in cards:
+        found.setdefault(card["section"], []).append(card)
+    return sorted(found.items(), key=lambda one: one[0] == _EARLIER)
 
 
 def _readable(text: str) -> str:

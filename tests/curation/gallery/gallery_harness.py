@@ -14,6 +14,7 @@ from PIL import Image
 
 from krea_dagster.emulator.render import encode, render
 from krea_dagster.engine.storage.storage import Storage
+from krea_dagster.engine.verdict import Verdict
 from krea_dagster.manifest import MANIFEST_SCHEMA, write_manifest
 
 #: A prompt that would attack a page which does not escape it.
@@ -34,6 +35,13 @@ PROMPTS = (
     "منارة قديمة على الساحل عند الغروب، ضوء ناعم",
     "雨后的梯田,清晨的光,倒映的云",
 )
+
+
+def judged(row: Mapping[str, Any], verdict: str, **more: Any) -> dict[str, Verdict]:
+    """Return the verdict on the image of a row, by the image's hash."""
+    sha256 = row["image_sha256"]
+    of = (row["request_key"], row["prompt_id"], row["sample"], 0, row["partition_key"])
+    return {sha256: Verdict("v", sha256, verdict, "ada", *of, **more)}
 
 
 @dataclass

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,7 @@ from krea_dagster.curation.thumbnails import Thumbnails
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.verdict_log import Verdict
 from krea_dagster.errors import ConfigError
-from tests.curation.gallery.gallery_harness import HOSTILE, PROMPTS, GalleryProject
+from tests.curation.gallery.gallery_harness import HOSTILE, PROMPTS, GalleryProject, judged
 
 
 @pytest.fixture
@@ -204,8 +204,36 @@ def test_partitions_have_a_heading_each_and_a_list_of_them(project: GalleryProje
 
 def test_a_verdict_is_shown(project: GalleryProject) -> None:
     row = project.add_image("one", PROMPTS[3])
-    page, _ = page_of(project, verdicts={row["image_sha256"]: "reject"})
+    page, _ = page_of(project, verdicts=judged(row, "reject"))
     assert "verdict v-reject" in page.html
+
+
+def test_reason_tags_and_note_are_shown_with_the_verdict_and_without_one(
+    project: GalleryProject,
+) -> None:
+    said: dict[str, Any] = {"tags": ("dusk", "wide"), "note": "crop <b>left</b>"}
+    hands = project.add_image("one", PROMPTS[3])
+    tagged = project.add_image("two", PROMPTS[4])
+    page, _ = page_of(
+        project,
+        verdicts={
+            **judged(hands, "reject", reason="six fingers"),
+            **judged(tagged, "none", **said),
+        },
+    )
+    for text in ("six fingers", "dusk, wide", "crop <b>left</b>"):
+        assert text in page.text
+    assert "v-none" not in page.html, "it was not judged"
+
+
+def test_a_column_divides_the_page_into_sections(project: GalleryProject) -> None:
+    for name, mood in (("a", "calm"), ("b", "wild"), ("c", None), ("d", "calm")):
+        project.add_image(name, f"a {name} day", further={"mood": mood})
+    page, _ = page_of(project, GalleryFilter(by="mood"))
+    heads = re.findall(r"<h2[^>]*>([^<]*)<span[^>]*>([^<]*)", page.html)
+    assert heads == [("calm", "2 rows"), ("wild", "1 row"), ("(none)", "1 row")]
+    with pytest.raises(ConfigError, match="'moods'"):
+        page_of(project, GalleryFilter(by="moods"))
 
 
 # -- only what is verified ------------------------------------------------------------------------
@@ -252,12 +280,14 @@ def test_a_row_that_failed_shows_its_error_when_its_status_is_selected(
 
 def chosen(
     project: GalleryProject,
-    judged: dict[str, str] | None = None,
+    verdicts_by_image: Mapping[str, Verdict] | None = None,
     where: Sequence[str] = (),
     **wanted: Any,
 ) -> list[str]:
     found = select_rows(
-        project.write(), GalleryFilter(where=parse_filters(where), **wanted), judged or {}
+        project.write(),
+        GalleryFilter(where=parse_filters(where), **wanted),
+        verdicts_by_image or {},
     )
     return [row["prompt_id"] for row in found.rows]
 
@@ -301,8 +331,8 @@ def test_rows_are_chosen_by_any_column(
 
 
 def test_rows_are_chosen_by_partition_verdict_and_number(mixed: GalleryProject) -> None:
-    shas = {row["prompt_id"]: row["image_sha256"] for rows in mixed.rows.values() for row in rows}
-    verdicts = {shas["one"]: "keep", shas["four"]: "reject"}
+    row_of = {row["prompt_id"]: row for rows in mixed.rows.values() for row in rows}
+    verdicts = {**judged(row_of["one"], "keep"), **judged(row_of["four"], "reject")}
     assert chosen(mixed, partitions=["b"]) == ["four"]
     assert chosen(mixed, partitions=["b", "a"]) == ["four", "one", "two", "three"]
     assert chosen(mixed, verdicts, verdicts=["keep", "reject"]) == ["one", "four"]
