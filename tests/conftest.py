@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 from krea_dagster.application.settings import Settings
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 # What is imported and collected stays to the end: to look through it for garbage would take a
 # tenth of the suite's time.
 gc.disable()
+
+# How long an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 #: The folders whose tests take longest: they begin first, so that no worker ends with one of them.

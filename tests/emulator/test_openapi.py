@@ -53,7 +53,6 @@ def emulator() -> Iterator[Emulator]:
     max_examples=20,
     derandomize=True,
     database=None,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 def test_each_endpoint_answers_as_described(

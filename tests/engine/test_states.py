@@ -188,9 +188,7 @@ def _with_foreign_keys(url: str) -> Engine:
 HISTORIES = st.lists(st.integers(0, 100), min_size=1, max_size=12)
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(choices=HISTORIES, others=HISTORIES)
 def test_histories_of_two_requests_in_one_commit_end_where_their_events_lead(
     journal: Journal, choices: list[int], others: list[int]

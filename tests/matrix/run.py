@@ -105,8 +105,7 @@ class Cell:
         # Old packages warn of what newer ones of their dependencies will no longer have.
         old = ("-W", "ignore::DeprecationWarning") if self.resolution == OLDEST else ()
         run = (str(venv / "bin/python"), "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider")
-        # Of Hypothesis: without deadlines, which a busy machine exceeds.
-        return said([*run, "--hypothesis-profile=ci", *old, *TESTS], sources)
+        return said([*run, *old, *TESTS], sources)
 
     def _demo(self, folder: Path, venv: Path) -> str:
         empty = folder / "empty"

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from krea_dagster import cli
@@ -90,7 +90,6 @@ def test_terminal_json_csv_sql_report_asset_and_proof_say_the_same_money(
     st.lists(st.integers(0, 10**13), min_size=1, max_size=300),
     st.sampled_from([Fraction(68), Fraction(135, 2), Fraction(60), Fraction(1)]),
 )
-@settings(deadline=None)
 def test_the_sum_of_rounded_dollars_is_the_rounded_sum(units: list[int], rate: Fraction) -> None:
     each = sum((dollars_of(one, rate, 16) for one in units), Decimal(0))
     assert abs(Fraction(each) - Fraction(sum(units), 10_000) / rate) < Fraction(1, 10**12)

@@ -139,7 +139,7 @@ def test_the_main_colour_is_one_of_red_green_and_blue_together() -> None:
 # -- how they move ----------------------------------------------------------------------------
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 1000), radius=st.floats(0.5, 3.0))
 def test_blur_lowers_sharpness(seed: int, radius: float) -> None:
     sharp = Image.blend(waves(128, 96), noise(128, seed).crop((0, 0, 128, 96)), 0.3)
@@ -149,7 +149,7 @@ def test_blur_lowers_sharpness(seed: int, radius: float) -> None:
     assert found[0] > found[1] > found[2]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(width=st.integers(1, 150), height=st.integers(1, 150), seed=st.integers(0, 1000))
 def test_any_size_gives_measures_within_their_ranges(width: int, height: int, seed: int) -> None:
     shape = (height, width, 3)

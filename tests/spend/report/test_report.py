@@ -163,7 +163,7 @@ def tables_from(purchases: Sequence[tuple[Any, ...]]) -> SpendTables:
     return tables_of(pa.table({name: columns[name] for name in LEDGER.names}, schema=LEDGER))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(_PURCHASES)
 def test_every_sum_that_is_printed_is_the_ledger_s_to_the_last_unit(
     purchases: list[tuple[Any, ...]],

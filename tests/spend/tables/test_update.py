@@ -211,7 +211,7 @@ def test_nothing_but_a_question_about_the_tables_is_answered(
 # -- small steps ----------------------------------------------------------------------------------
 
 
-@settings(max_examples=3, deadline=None, phases=[Phase.generate])
+@settings(max_examples=3, phases=[Phase.generate])
 @given(
     steps=st.lists(st.integers(1, 364), min_size=1, max_size=4, unique=True).map(sorted),
     seed=st.integers(0, 1000),
