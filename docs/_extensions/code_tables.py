@@ -26,6 +26,7 @@ from krea_dagster.curation.verdict_files import VERDICT_FILE_DESCRIPTIONS, VERDI
 from krea_dagster.engine import states
 from krea_dagster.manifest import DESCRIPTIONS, MANIFEST_SCHEMA
 from krea_dagster.spend.tables.daily import DAILY_DESCRIPTIONS, daily_schema
+from krea_dagster.spend.tables.entries import ENTRIES_DESCRIPTIONS, ENTRIES_SCHEMA
 from krea_dagster.spend.tables.ledger import LEDGER_DESCRIPTIONS, LEDGER_SCHEMA
 
 #: A table: its head, and its rows of Markdown.
@@ -93,6 +94,7 @@ class CodeTable(SphinxDirective):
         "manifest": lambda: columns(MANIFEST_SCHEMA, DESCRIPTIONS),
         "ledger": lambda: columns(LEDGER_SCHEMA, LEDGER_DESCRIPTIONS),
         "daily": lambda: columns(daily_schema(()), DAILY_DESCRIPTIONS),
+        "entries": lambda: columns(ENTRIES_SCHEMA, ENTRIES_DESCRIPTIONS),
         "measures": lambda: columns(MEASURES_SCHEMA, MEASURES_DESCRIPTIONS),
         "near_duplicates": lambda: columns(NEAR_DUPLICATES_SCHEMA, NEAR_DUPLICATES_DESCRIPTIONS),
         "verdicts": lambda: columns(VERDICT_FILE_SCHEMA, VERDICT_FILE_DESCRIPTIONS),

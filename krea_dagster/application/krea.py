@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from krea_dagster.curation.export.spec import ExportSpec
     from krea_dagster.curation.gallery.filter import GalleryFilter
     from krea_dagster.curation.gallery.page import GallerySummary
+    from krea_dagster.engine.journal.entry_log import AccountEntry, EnteredRows
     from krea_dagster.engine.journal.prune import Pruned
     from krea_dagster.engine.record import Record
     from krea_dagster.engine.run.report import RunReport
@@ -563,6 +564,42 @@ class Krea(Backend):
             f"{quality} now costs {credits_text(units)} credits; the charges of {settled} "
             "purchases at that price are settled"
         )
+
+    # -- the account ------------------------------------------------------------------------------
+
+    def account_entries(self) -> list[AccountEntry]:
+        """Return what was entered of the account, by day. Raises ConfigError or JournalError."""
+        from krea_dagster.application.account import entries_of
+
+        return entries_of(self)
+
+    def add_account_entry(self, **row: str) -> EnteredRows:
+        """Enter a refund, credits bought or given, or a correction.
+
+        It changes what ``spend`` says, and never what is bought. An entry that is known is not
+        entered again.
+
+        Args:
+            row: ``kind``, ``credits``, ``on`` and others, as text: the columns of a file of
+                ``import_account_entries``.
+
+        Raises:
+            InputError: for a wrong value; it begins with the column.
+            ConfigError: if there is no journal.
+            JournalError: if it cannot be written.
+        """
+        from krea_dagster.application.account import add_entries
+
+        return add_entries(self, [row])
+
+    def import_account_entries(self, path: Path) -> EnteredRows:
+        """Enter the rows of a CSV file, or none if one is wrong, as ``add_account_entry``.
+
+        Raises InputError, which names each wrong row and column, ConfigError or JournalError.
+        """
+        from krea_dagster.application.account import import_entries
+
+        return import_entries(self, path)
 
     # -- the size of root and journal ------------------------------------------------------------
 

@@ -21,7 +21,9 @@ from krea_dagster.file_systems import Options
 from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA, exact_rate
 from krea_dagster.spend.tables.query import (
     MADE,
+    EntrySums,
     SpendLine,
+    entry_sums,
     from_today,
     open_tables,
     run_query,
@@ -68,7 +70,7 @@ class SpendPeriod:
 
 @dataclass(frozen=True)
 class Spend:
-    """Sums by the columns ``by`` in a period, and all budgets with their use.
+    """Sums by the columns ``by`` in a period, its account entries, and all budgets with their use.
 
     ``rate`` is how many credits one US dollar buys. ``from_today`` counts, for columns of the
     prompt table, the purchases that were not written with them: they count as today's table says.
@@ -80,6 +82,7 @@ class Spend:
     rate: Fraction
     where: str
     budgets: Sequence[BudgetLine] = ()
+    entries: EntrySums = field(default_factory=EntrySums)
     from_today: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -105,6 +108,7 @@ def spend_of(
             names = tuple(by)
         else:
             names, lines = ("when",), _by_time(duck, period, now)
+        entered = entry_sums(duck, period.since, period.until)
         today = from_today(duck, by) if needs_manifest else {}
         budgets = budget_lines(duck, caps, soft, now) if is_utc(period.zone) else None
     storage = backend.open_storage()
@@ -113,7 +117,7 @@ def spend_of(
             budgets = budget_lines(duck, caps, soft, now)
     rate, _ = as_kept(storage)
     where = redact.location(storage.locate(""))
-    return Spend(names, lines, period, exact_rate(rate), where, budgets, today)
+    return Spend(names, lines, period, exact_rate(rate), where, budgets, entered, today)
 
 
 def _by_time(duck: DuckDB, period: SpendPeriod, now: datetime) -> list[SpendLine]:

@@ -28,6 +28,7 @@ _PLACES: Final = {
 
 #: The subcommands: where each is, and its line in the group's help.
 _COMMANDS: Final = {
+    "account": ("cli.account:account_group", "Enter refunds and bought credits, or list them."),
     "accept": ("cli.accept:accept_group", "Accept what a run stopped for: a root, a key, a price."),
     "callbacks": ("callbacks.command:callbacks_command", "Receive EvoLink's callbacks."),
     "curate": ("cli.curate:curate_command", "Measure images, find duplicates, accept images."),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from krea_dagster.application.spend import Spend
-    from krea_dagster.spend.tables.query import SpendLine
+    from krea_dagster.spend.tables.query import EntrySums, SpendLine
     from krea_dagster.spend.warnings.warnings import SpendWarning
 
 _COUNTS: Final = (
@@ -33,6 +33,8 @@ _COUNTS: Final = (
 #: The sums of credits, by their names in JSON and CSV.
 _CREDITS: Final = {
     "credits_charged": "charged_units",
+    "credits_refunded": "refunded_units",
+    "credits_net": "net_units",
     "credits_returned": "returned_units",
     "credits_at_stake": "at_stake_units",
 }
@@ -69,7 +71,10 @@ _DAY: Final = click.DateTime(["%Y-%m-%d"])
 @click.option(
     "--sql",
     metavar="QUERY",
-    help="Answer a SELECT over the views ledger, daily, failures, manifest, prompts, spend_by_day.",
+    help=(
+        "Answer a SELECT over the views ledger, entries, charges, daily, failures, manifest, "
+        "prompts, spend_by_day."
+    ),
 )
 @json_option
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV on stdout.")
@@ -144,14 +149,18 @@ def _spend_table(shown: Spend) -> tuple[Table, list[str]]:
         "lost": [str(line.lost + line.rejected) for line in lines],
         "open": [str(line.unknown + line.pending) for line in lines],
         "credits": [credits_text(line.charged_units) for line in lines],
+        "refunded": [credits_text(line.refunded_units) for line in lines],
+        "net": [credits_text(line.net_units) for line in lines],
         "USD": [f"{dollars_of(line.charged_units, rate, 2)}" for line in lines],
         "at stake": [credits_text(line.at_stake_units) for line in lines],
         "each": [_quotient(line.each_units) or "–" for line in lines],
         "per accepted": [_quotient(line.per_accepted_units) or "–" for line in lines],
     }
-    for name in ("failed", "lost", "open", "at stake"):
+    for name in ("failed", "lost", "open", "at stake", "refunded"):
         if set(figures[name]) == {"0"}:
             del figures[name]
+    if "refunded" not in figures:
+        del figures["net"]
     keys = [
         [printable("–" if line.of[at] is None else str(line.of[at])) for line in lines]
         for at in range(len(shown.by))
@@ -193,10 +202,25 @@ def show_spend(shown: Spend) -> None:
                 f"{count} purchases were not written with {escape(printable(name))}: today's table "
                 "says it (KREA_SPEND_BY keeps it from now on)"
             )
+    if said := _entries_words(shown.entries):
+        out.print(said)
     if shown.budgets:
         out.print(_budget_table(shown))
     out.print(f"USD at {float(shown.rate):g} credits per USD; days are {shown.period.zone}")
     out.print(f"tables     {escape(shown.where)}/spend")
+
+
+def _entries_words(entries: EntrySums) -> str:
+    """Return what was entered of the account in the period; empty where nothing was."""
+    paid = ", ".join(f"{credits_text(units)} {name}" for name, units in entries.paid_units.items())
+    said = {
+        f"bought{f' for {paid}' if paid else ''}": entries.bought_units,
+        "given": entries.given_units,
+        "refunded": entries.refunded_units,
+        "of these name no purchase, and count for a day only": entries.alone_units,
+    }
+    words = [f"{credits_text(units)} {word}" for word, units in said.items() if units]
+    return f"entries    {', '.join(words)} (credits)" if words else ""
 
 
 def _budget_table(shown: Spend) -> Table:
@@ -227,6 +251,13 @@ def spend_figures(shown: Spend) -> dict[str, Any]:
         "credits_per_usd": float(shown.rate),
         "from_today": dict(shown.from_today),
         "lines": [_row(shown, line) for line in shown.lines],
+        "entries": {
+            "credits_bought": _exact(shown.entries.bought_units),
+            "credits_given": _exact(shown.entries.given_units),
+            "credits_refunded": _exact(shown.entries.refunded_units),
+            "credits_refunded_without_purchase": _exact(shown.entries.alone_units),
+            "paid": {name: _exact(units) for name, units in shown.entries.paid_units.items()},
+        },
         "budgets": [
             {
                 "budget": one.use.name,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -21,6 +23,12 @@ from tests.spend.project_harness import ProjectHarness
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "data" / "prompts.parquet"
 PAGE = (ROOT / "docs" / "how-to" / "spend.md").read_text(encoding="utf-8")
+#: Each section's commands, and what they print, by its title.
+COMMANDS = re.findall(
+    r"^## ([^\n]+)\n(?:(?!^## ).)*?```bash\n([^`]+?)\n```\n\n```text\n([^`]+?)\n```$",
+    PAGE,
+    re.DOTALL | re.MULTILINE,
+)
 QUESTIONS = re.findall(
     r"^### \d+\. (.+?)\n\n```sql\n(.+?)\n```\n\n```text\n(.+?)\n```$",
     PAGE,
@@ -104,3 +112,27 @@ def test_its_alerts_reach_slack(
     (sent,) = SENT
     assert (sent["channel"], sent["token"]) == ("#finance", "xoxb-1")
     assert sent["text"].startswith("warning: 1.80 credits of 2.00 credits (90%) of the budget for")
+
+
+def test_the_commands_print_what_the_page_says(
+    sample: Sample,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One after the other, in a copy of the project."""
+    shutil.copytree(sample.folder / "krea", tmp_path / "krea")
+    monkeypatch.setenv("KREA_STORAGE", str(tmp_path / "krea"))
+    monkeypatch.setenv("KREA_PROMPTS", str(SAMPLE))
+    monkeypatch.chdir(tmp_path)
+    assert [title for title, _, _ in COMMANDS] == ["Refunds, and credits bought or given"]
+    for title, commands, said in COMMANDS:
+        printed = ""
+        for line in commands.splitlines():
+            monkeypatch.setattr(sys, "argv", shlex.split(line))
+            capsys.readouterr()
+            with pytest.raises(SystemExit, match="0"):
+                cli.run()
+            printed += capsys.readouterr().out
+        lines = [line.rstrip() for line in printed.strip().splitlines()]
+        assert "\n".join(lines) == said, title

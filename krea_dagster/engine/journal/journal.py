@@ -28,6 +28,7 @@ from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.journal.claim_log import ClaimLog
 from krea_dagster.engine.journal.commitments import CommitmentLedger
 from krea_dagster.engine.journal.database import Database
+from krea_dagster.engine.journal.entry_log import EntryLog
 from krea_dagster.engine.journal.pace_log import PaceLog
 from krea_dagster.engine.journal.price_log import PriceLog
 from krea_dagster.engine.journal.prompt_table_log import PromptTableLog
@@ -81,6 +82,7 @@ class Journal:
         api_keys: the API keys that images were bought with.
         callbacks: the callbacks that receivers have written.
         claims: the runs that are at work, and the requests that they hold.
+        entries: what a person entered of the account.
         paces: the rate limits that runs have learned.
         prices: the prices that EvoLink has reported.
         pruned: the files that a person had removed.
@@ -97,6 +99,7 @@ class Journal:
         self.callbacks = CallbackLog(database)
         self.attributions = AttributionLog(database)
         self.claims = ClaimLog(database)
+        self.entries = EntryLog(database)
         self.paces = PaceLog(database)
         self.prices = PriceLog(database, self.claims)
         self.pruned = PrunedFileLog(database)

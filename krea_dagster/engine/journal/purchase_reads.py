@@ -28,6 +28,7 @@ from sqlalchemy import (
 
 from krea_dagster.engine.journal.rows import rows_with
 from krea_dagster.engine.journal.schema import (
+    account_entries,
     attributions,
     buyers,
     commitments,
@@ -160,7 +161,7 @@ def events_since(connection: Connection, since_us: int) -> str:
 
 
 def money_mark(connection: Connection) -> str:
-    """Return a text that differs once a purchase is new, or its money has changed.
+    """Return a text that differs once a purchase or entry is new, or its money has changed.
 
     Each change of money moves the sums of its month, in the same transaction.
     """
@@ -168,7 +169,8 @@ def money_mark(connection: Connection) -> str:
     money = (func.sum(commitments.c.committed_units), func.sum(commitments.c.spent_units))
     found = connection.execute(select(func.count(), *money).where(months)).one()
     judged = connection.execute(select(func.max(verdicts.c.number))).scalar()
-    return "/".join(str(number or 0) for number in (*found, judged))
+    entered = connection.execute(select(func.count(account_entries.c.entry_id))).scalar()
+    return "/".join(str(number or 0) for number in (*found, judged, entered))
 
 
 def purchases(

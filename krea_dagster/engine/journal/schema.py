@@ -445,30 +445,64 @@ verdicts: Final = Table(
     sqlite_autoincrement=True,
 )
 
-#: The statements that make the table of verdicts append-only, by database.
-APPEND_ONLY: Final = {
-    "sqlite": tuple(
-        f"CREATE TRIGGER verdicts_before_{change} BEFORE {change.upper()} ON verdicts BEGIN "
-        "SELECT RAISE(ABORT, 'a verdict is never changed or removed; give another one'); END"
-        for change in ("update", "delete")
+#: What a person entered of the account: refunds, credits bought or given, corrections. Triggers
+#: prevent changes and removals: a wrong entry is reversed by another. ``day`` is YYYY-MM-DD,
+#: ``paid_units`` are 1/10,000 of the currency.
+account_entries: Final = Table(
+    "account_entries",
+    metadata,
+    Column("entry_id", String(64), primary_key=True),
+    Column("kind", String(16), nullable=False),
+    Column("day", String(10), nullable=False),
+    Column("units", BigInteger, nullable=False),
+    Column("paid_units", BigInteger),
+    Column("currency", String(3)),
+    Column("reference", Text),
+    Column("note", Text),
+    Column("idempotency_key", String(96), ForeignKey("submissions.idempotency_key")),
+    Column("reverses", String(64), ForeignKey("account_entries.entry_id"), unique=True),
+    Column("entered_at", UtcTime, nullable=False),
+    CheckConstraint(
+        "kind = 'correction' or (kind in ('top-up', 'promotion', 'refund') and units > 0)",
+        name="kind",
     ),
-    "postgresql": (
-        """
-        CREATE OR REPLACE FUNCTION verdicts_are_kept() RETURNS trigger LANGUAGE plpgsql AS $$
-        BEGIN
-            RAISE EXCEPTION 'a verdict is never changed or removed; give another one';
-        END $$
-        """,
-        """
-        CREATE TRIGGER verdicts_before_change BEFORE UPDATE OR DELETE OR TRUNCATE ON verdicts
-        FOR EACH STATEMENT EXECUTE FUNCTION verdicts_are_kept()
-        """,
-    ),
-}
-for _kind, _statements in APPEND_ONLY.items():
-    for _statement in _statements:
-        _make = DDL(_statement)  # type: ignore[no-untyped-call]  # SQLAlchemy's has no types
-        event.listen(verdicts, "after_create", _make.execute_if(dialect=_kind))
+    CheckConstraint("reverses is null or kind = 'correction'", name="reverses"),
+    CheckConstraint("(paid_units is null) = (currency is null)", name="paid"),
+    Index("ix_account_entries_purchase", "idempotency_key"),
+)
+
+
+def _keep_rows(table: Table, function: str, message: str) -> None:
+    """Make a table append-only, by triggers that are created with it."""
+    statements = {
+        "sqlite": [
+            f"CREATE TRIGGER {table.name}_before_{change} BEFORE {change.upper()} ON {table.name} "
+            f"BEGIN SELECT RAISE(ABORT, '{message}'); END"
+            for change in ("update", "delete")
+        ],
+        "postgresql": [
+            (
+                f"CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $$ "
+                f"BEGIN RAISE EXCEPTION '{message}'; END $$"
+            ),
+            (
+                f"CREATE TRIGGER {table.name}_before_change BEFORE UPDATE OR DELETE OR TRUNCATE "
+                f"ON {table.name} FOR EACH STATEMENT EXECUTE FUNCTION {function}()"
+            ),
+        ],
+    }
+    for kind, made in statements.items():
+        for statement in made:
+            make = DDL(statement)  # type: ignore[no-untyped-call]  # SQLAlchemy's has no types
+            event.listen(table, "after_create", make.execute_if(dialect=kind))
+
+
+_keep_rows(verdicts, "verdicts_are_kept", "a verdict is never changed or removed; give another one")
+_keep_rows(
+    account_entries,
+    "account_entries_are_kept",
+    "an entry is never changed or removed; enter a correction that reverses it",
+)
 
 #: Everything that happened, in order; replaying it gives the current state. Events before the
 #: ``kept_from_seq`` of a request may have been removed.

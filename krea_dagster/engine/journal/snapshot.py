@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, Select, select
 
 from krea_dagster.engine.budget import Commitment
+from krea_dagster.engine.journal.entry_log import AccountEntry, read_entries
 from krea_dagster.engine.journal.rows import (
     CHARGES,
     RECORDS,
@@ -105,6 +106,11 @@ class Snapshot:
         columns = [account_readings.c[one.name] for one in fields(AccountReading)]
         query = select(*columns).order_by(account_readings.c.id)
         return [AccountReading(*row) for row in self._rows(query)]
+
+    def entries(self) -> list[AccountEntry]:
+        """Return what a person entered of the account, by day."""
+        with self._explained("read"):
+            return read_entries(self.connection)
 
     def _rows(self, query: Select[Any]) -> Iterator[Any]:
         with self._explained("read"):

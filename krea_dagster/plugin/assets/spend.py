@@ -202,6 +202,8 @@ def spend_metadata(storage: Storage, now: datetime) -> Mapping[str, Any]:
         "credits_today": credits_from_units(day.charged_units),
         "credits_this_month": credits_from_units(month.charged_units),
         "credits_charged": credits_from_units(total.charged_units),
+        "credits_refunded": credits_from_units(total.refunded_units),
+        "credits_net": credits_from_units(total.net_units),
         "credits_at_stake": credits_from_units(total.at_stake_units),
         "unknown": total.unknown,
         "lost": total.lost + total.rejected,

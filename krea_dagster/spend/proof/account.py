@@ -3,7 +3,7 @@
 Each run reads the account before and after. Between two readings the account must have used what
 was charged between them. A purchase that was in flight while the account was read is known only
 within bounds: whether the server counts credits when it reserves or when it settles them is not
-documented.
+documented. Nor is whether a refund lowers the use, and when: it may, on the days around its own.
 """
 
 from __future__ import annotations
@@ -11,19 +11,31 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, time, timedelta, timezone
 
+from krea_dagster.engine.journal.entry_log import (
+    CORRECTION,
+    REFUND,
+    AccountEntry,
+    counted_kinds,
+)
 from krea_dagster.engine.journal.rows import AccountReading, Charge
 
 
 @dataclass(frozen=True)
 class AccountInterval:
-    """Two readings, and the least and most units that the journal explains between them."""
+    """Two readings, and the least and most units that the journal explains between them.
+
+    ``refunded_units`` and ``corrected_units`` are by how much refunds, and corrections of charges
+    that were too low, may have lowered and raised the use in addition.
+    """
 
     before: AccountReading
     after: AccountReading
     low_units: int = 0
     high_units: int = 0
+    refunded_units: int = 0
+    corrected_units: int = 0
 
     @property
     def used_units(self) -> int:
@@ -33,7 +45,9 @@ class AccountInterval:
     @property
     def unexplained_units(self) -> int:
         """The units used beyond those that the journal explains; negative where fewer were used."""
-        return max(0, self.used_units - self.high_units) + min(0, self.used_units - self.low_units)
+        most = self.high_units + self.corrected_units
+        least = self.low_units - self.refunded_units
+        return max(0, self.used_units - most) + min(0, self.used_units - least)
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,9 @@ class AccountProof:
 class AccountComparison:
     """Adds the journal's charges one by one; keeps two numbers for each pair of readings."""
 
-    def __init__(self, readings: Sequence[AccountReading]) -> None:
+    def __init__(
+        self, readings: Sequence[AccountReading], entries: Sequence[AccountEntry] = ()
+    ) -> None:
         self._readings = sorted(readings, key=lambda reading: reading.at)
         self._times = [reading.at for reading in self._readings]
         ends = [
@@ -92,6 +108,11 @@ class AccountComparison:
             for number in range(len(self._readings) - 1)
             if number not in set(ends)
         ]
+        kinds = counted_kinds(entries)
+        for entry in entries:
+            if kinds[entry.entry_id] in (REFUND, CORRECTION):
+                for bounds in (*self._stretches, *self._gaps):
+                    bounds.add_entry(entry)
         self._gap_starts = [gap.first for gap in self._gaps]
         self._gap_ends = [gap.last for gap in self._gaps]
 
@@ -125,6 +146,14 @@ class _IntervalSums:
         self._after = after
         self._low = 0
         self._high = 0
+        self._refunded = 0
+        self._corrected = 0
+
+    def add_entry(self, entry: AccountEntry) -> None:
+        day = datetime.combine(entry.day, time(), timezone.utc)
+        if day - timedelta(days=1) <= self.last and self.first <= day + timedelta(days=2):
+            self._refunded += max(0, entry.units)
+            self._corrected += max(0, -entry.units)
 
     def add(self, charge: Charge) -> None:
         low, high = between(charge, self.first, self.last)
@@ -132,7 +161,14 @@ class _IntervalSums:
         self._high += high
 
     def gap(self, readings: Sequence[AccountReading]) -> AccountInterval:
-        return AccountInterval(readings[self._before], readings[self._after], self._low, self._high)
+        return AccountInterval(
+            readings[self._before],
+            readings[self._after],
+            self._low,
+            self._high,
+            self._refunded,
+            self._corrected,
+        )
 
 
 def between(charge: Charge, first: datetime, last: datetime) -> tuple[int, int]:

@@ -87,7 +87,7 @@ def account_proof(journal: Journal) -> AccountProof | None:
         readings = snapshot.account_readings()
         if len(readings) < 2:
             return None
-        comparison = AccountComparison(readings)
+        comparison = AccountComparison(readings, snapshot.entries())
         for charge in snapshot.charges():
             comparison.add(charge)
     return comparison.proof()
@@ -116,7 +116,7 @@ class _JournalCheck:
         self._on_progress = on_progress
         self._committed: Counter[str] = Counter()
         self._spent: Counter[str] = Counter()
-        self.account = AccountComparison(snapshot.account_readings())
+        self.account = AccountComparison(snapshot.account_readings(), snapshot.entries())
         self._counts: Counter[str] = Counter(
             manifests=listed.files, rows=listed.rows, rows_agreeing=listed.agreeing
         )
@@ -387,7 +387,7 @@ def _account(comparison: AccountComparison, findings: ProofFindings) -> AccountP
             FindingKind.ACCOUNT_NOT_COMPARED,
             f"the account's use fell from {_credits(before.after.used_units)} to "
             f"{_credits(after.before.used_units)} at {_when(after.before.at)}, as it does "
-            "with another key; the times before and after were compared separately",
+            "with another key, or by a refund; the times before and after were compared separately",
         )
     for stretch in proof.stretches:
         units = stretch.unexplained_units
@@ -398,7 +398,13 @@ def _account(comparison: AccountComparison, findings: ProofFindings) -> AccountP
             FindingKind.ACCOUNT_DIFFERS,
             f"the account used {_credits(stretch.used_units)} from "
             f"{_when(stretch.before.at)} to {_when(stretch.after.at)}, the journal explains "
-            f"{_range(stretch.low_units, stretch.high_units)}: {_credits(abs(units))} "
+            f"{_range(stretch.low_units, stretch.high_units)}"
+            + (
+                f", or up to {_credits(stretch.refunded_units)} less by refunds"
+                if stretch.refunded_units
+                else ""
+            )
+            + f": {_credits(abs(units))} "
             f"{unexplained}" + _where(proof),
             abs(units),
         )

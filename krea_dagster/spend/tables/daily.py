@@ -11,6 +11,7 @@ import pyarrow as pa
 from krea_dagster.errors import ConfigError
 from krea_dagster.spend.tables.measures import (
     MEASURES,
+    OF_PURCHASES,
     SUM_OF_CREDITS,
     WITHOUT_IMAGE,
     selected,
@@ -23,8 +24,8 @@ DAILY_KEYS: Final = ("day", "partition_key", "prompt_table", "quality", "size")
 #: The measures of the table by their column: the first has another name than elsewhere, which it
 #: had before there were others.
 _COLUMNS: Final = {
-    {"purchases": "images_asked"}.get(name, name): one
-    for name, one in MEASURES.items()
+    {"purchases": "images_asked"}.get(name, name): MEASURES[name]
+    for name in OF_PURCHASES
     if name not in ("credits_unknown", "credits_committed")
 }
 

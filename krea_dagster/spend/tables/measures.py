@@ -1,8 +1,9 @@
 """The measures of spend: each is defined here, once, in SQL over purchases.
 
-A purchase is a row of the ledger. Terminal, JSON, CSV, SQL, report, assets and checks read these
-definitions through the views of ``views.py``, the table ``spend_daily``, or ``query.sums``. Credits
-are decimals with four places, so that no sum is rounded.
+A purchase is a row of the ledger. A refund or a correction of a charge is a row of the view
+``charges`` without an outcome: it counts as no purchase. Terminal, JSON, CSV, SQL, report, assets
+and checks read these definitions through the views of ``views.py``, the table ``spend_daily``, or
+``query.sums``. Credits are decimals with four places, so that no sum is rounded.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Final
 
 import pyarrow as pa
 
+from krea_dagster.engine.journal.entry_log import CORRECTION, PROMOTION, REFUND, TOP_UP
 from krea_dagster.engine.verdict import FLAG, REJECT
 
 #: The type of a credit amount, of a sum of them, and of dollars in the ledger. Dollars have
@@ -61,12 +63,13 @@ _DELIVERED: Final = _count("delivered", "replaced")
 _ACCEPTED: Final = f"count(*) FILTER ({_IS_ACCEPTED})"
 _CHARGED: Final = _sum("credits_charged")
 _UNKNOWN: Final = _sum("credits_unknown")
+_REFUNDED: Final = _sum("credits_refunded")
 
 #: Every measure, by name: its SQL, its type, and what it means.
 MEASURES: Final = {
     name: SpendMeasure(name, sql, kind, text)
     for name, (sql, kind, text) in {
-        "purchases": ("count(*)", _COUNT, "Purchases that were sent"),
+        "purchases": ("count(outcome)", _COUNT, "Purchases that were sent"),
         "delivered": (_DELIVERED, _COUNT, "Those that bought an image, also one replaced since"),
         "replaced": (
             _count("replaced"),
@@ -98,6 +101,16 @@ MEASURES: Final = {
             "Manifest rows that share a delivered image, beyond its first row",
         ),
         "credits_charged": (_CHARGED, SUM_OF_CREDITS, "Credits that were charged"),
+        "credits_refunded": (
+            _REFUNDED,
+            SUM_OF_CREDITS,
+            "Credits that refunds gave back, and corrections of charges",
+        ),
+        "credits_net": (
+            f"{_CHARGED} - {_REFUNDED}",
+            SUM_OF_CREDITS,
+            "Credits that were charged, without those refunded",
+        ),
         "credits_returned": (
             _sum("credits_returned"),
             SUM_OF_CREDITS,
@@ -144,6 +157,24 @@ MEASURES: Final = {
             "95th percentile of that time, seconds",
         ),
     }.items()
+}
+
+#: The measures of purchases alone: of the ledger without refunds.
+OF_PURCHASES: Final = tuple(
+    name for name in MEASURES if name not in ("credits_refunded", "credits_net")
+)
+
+#: Whether an entry of the account gives a charge back, or takes more, as an expression.
+CHANGES_CHARGE: Final = f"counts_as IN ('{REFUND}', '{CORRECTION}')"
+
+#: The sums of the account's entries, over the view ``entries``.
+ENTRY_SUMS: Final = {
+    "credits_bought": _sum("credits", f"counts_as = '{TOP_UP}'"),
+    "credits_given": _sum("credits", f"counts_as = '{PROMOTION}'"),
+    "credits_refunded": _sum("credits", CHANGES_CHARGE),
+    "credits_refunded_without_purchase": _sum(
+        "credits", f"{CHANGES_CHARGE} AND idempotency_key IS NULL"
+    ),
 }
 
 #: The purchases that brought nothing, or of which that is not known, by outcome.

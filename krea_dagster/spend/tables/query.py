@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from fractions import Fraction
 from functools import partial
@@ -21,9 +21,11 @@ from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError, KreaError
 from krea_dagster.file_systems import Options, open_for_arrow, open_url
 from krea_dagster.manifest import MANIFEST_SCHEMA, present_manifests
+from krea_dagster.parquet_files import open_parquet
 from krea_dagster.spend.tables.daily import DAILY_SCHEMA, FAILURES_SCHEMA
+from krea_dagster.spend.tables.entries import ENTRIES_NAME, ENTRIES_SCHEMA
 from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
-from krea_dagster.spend.tables.measures import selected
+from krea_dagster.spend.tables.measures import ENTRY_SUMS, selected
 from krea_dagster.spend.tables.sql import DuckDB, Parts, at_purchase, quoted, units_of
 from krea_dagster.spend.tables.views import PARTITION, PARTITION_SQL, SpendTables, Table
 from krea_dagster.spend.text import unique_names
@@ -60,6 +62,8 @@ class SpendLine:
     pending: int = 0
     reused: int = 0
     charged_units: int = 0
+    refunded_units: int = 0
+    net_units: int = 0
     returned_units: int = 0
     open_units: int = 0
     at_stake_units: int = 0
@@ -104,8 +108,17 @@ def stored_tables(storage: Storage, *, manifest: bool = True) -> SpendTables:
         read("spend/daily", DAILY_SCHEMA),
         read("spend/failures", FAILURES_SCHEMA),
         read("manifest", MANIFEST_SCHEMA) if manifest else MANIFEST_SCHEMA.empty_table(),
+        entries=_stored_entries(storage),
         months=sum(name.endswith(".parquet") for name in storage.names("spend/ledger")),
     )
+
+
+def _stored_entries(storage: Storage) -> pa.Table:
+    try:
+        with storage.open(ENTRIES_NAME) as file:
+            return open_parquet(file).read()
+    except FileNotFoundError:
+        return ENTRIES_SCHEMA.empty_table()
 
 
 def open_tables(
@@ -173,6 +186,33 @@ def sums(
     return [_line(row, len(by)) for row in found]
 
 
+@dataclass(frozen=True)
+class EntrySums:
+    """The sums of the account's entries of a period in units, and what top-ups cost by currency.
+
+    ``alone_units`` are the refunds and corrections that name no purchase.
+    """
+
+    bought_units: int = 0
+    given_units: int = 0
+    refunded_units: int = 0
+    alone_units: int = 0
+    paid_units: Mapping[str, int] = field(default_factory=dict)
+
+
+def entry_sums(duck: DuckDB, since: date | None = None, until: date | None = None) -> EntrySums:
+    """Return the sums of the account's entries from one day to another, both included."""
+    where = "FROM entries WHERE day BETWEEN ? AND ?"
+    days = [since or date(1970, 1, 1), until or date(9999, 12, 31)]
+    row = duck.execute(f"SELECT {', '.join(ENTRY_SUMS.values())} {where}", days).fetchone()
+    paid = duck.execute(
+        f"SELECT currency, sum(paid) {where} AND paid IS NOT NULL GROUP BY ALL ORDER BY ALL", days
+    ).fetchall()
+    bought, given, refunded, alone = map(units_of, row or ())
+    paid_units = {name: units_of(total) for name, total in paid}
+    return EntrySums(bought, given, refunded, alone, paid_units)
+
+
 def _line(row: Sequence[Any], keys: int) -> SpendLine:
     figures = (
         units_of(value) if name.endswith("_units") else int(value)
@@ -185,7 +225,7 @@ def _grouping(duck: DuckDB, by: Sequence[str]) -> tuple[str, list[str]]:
     """Return the source of sums by these columns, and each column as an expression."""
     ledger = _columns(duck, "ledger")
     if not set(by) - MADE.keys() - set(ledger):
-        return "ledger", [MADE.get(name) or quoted(name) for name in by]
+        return "charges", [MADE.get(name) or quoted(name) for name in by]
     recorded, today = recorded_columns(duck), _columns(duck, "manifest")
     of_table = columns_of_table(recorded, today, ledger)
     names, further = [], set()
@@ -203,7 +243,7 @@ def _grouping(duck: DuckDB, by: Sequence[str]) -> tuple[str, list[str]]:
         further |= {column} & {*today}
         has, then = at_purchase(column)
         names.append(f"if({has}, {then}, {now})" if column in recorded else now)
-    return _with_today(sorted(further)) if further else "ledger", names
+    return _with_today(sorted(further), "charges") if further else "charges", names
 
 
 def columns_of_table(
@@ -265,27 +305,27 @@ def create_attribution_view(duck: DuckDB) -> None:
     shown = unique_names(name for _, name in columns)
     pairs = zip((sql for sql, _ in columns), shown, strict=True)
     selected_columns = ", ".join(f"{sql} AS {quoted(name)}" for sql, name in pairs)
-    source = _with_today(names) if names else "ledger"
+    source = _with_today(names, "ledger") if names else "ledger"
     duck.execute(f"CREATE VIEW attribution AS SELECT {selected_columns} FROM {source}")
 
 
-def _with_today(names: Sequence[str]) -> str:
-    """Return the ledger with columns of the manifest, as the row ``today``.
+def _with_today(names: Sequence[str], view: str) -> str:
+    """Return the view ``ledger`` or ``charges`` with columns of the manifest, as the row ``today``.
 
     They are those of the row that requests the image: tables that share a journal may have rows of
     the same prompt_id. The manifest does not list earlier attempts; theirs are those of the row.
     """
     packed = ", ".join(f"{quoted(name)} := {quoted(name)}" for name in names)
     return f"""(
-        SELECT ledger.*, coalesce(asked.today, named.today) AS today FROM ledger
+        SELECT {view}.*, coalesce(asked.today, named.today) AS today FROM {view}
         LEFT JOIN (
             SELECT request_key, arg_min(struct_pack({packed}), (prompt_id, sample)) AS today
             FROM manifest GROUP BY request_key
-        ) AS asked ON asked.request_key = ledger.request_key
+        ) AS asked ON asked.request_key = {view}.request_key
         LEFT JOIN (
             SELECT prompt_id, sample, any_value(struct_pack({packed})) AS today
             FROM manifest GROUP BY prompt_id, sample
-        ) AS named ON named.prompt_id = ledger.prompt_id AND named.sample = ledger.sample
+        ) AS named ON named.prompt_id = {view}.prompt_id AND named.sample = {view}.sample
     )"""
 
 

@@ -54,6 +54,7 @@ from krea_dagster.spend.tables.daily import (
     daily_table,
     failures_table,
 )
+from krea_dagster.spend.tables.entries import write_entries
 from krea_dagster.spend.tables.ledger import (
     IS_REPLACED,
     LEDGER_SCHEMA,
@@ -136,6 +137,7 @@ def update_spend(
             duck.unregister("raw")
             labels[month] = _write_month(duck, storage, month, by, rate)
         removed = _remove_others(storage, totals.keys())
+        write_entries(storage, connection)
         # An event from a clock that is ahead must not hide later ones.
         taken_until_us = min(newest_event(connection), now_us)
         marks = [before, _mark(connection, storage, *_FOLDERS)]
@@ -154,7 +156,7 @@ def update_spend(
     )
 
 
-_FOLDERS: Final = tuple(f"spend/{table}" for table in TABLES)
+_FOLDERS: Final = tuple(f"spend/{table}" for table in (*TABLES, "entries"))
 
 
 def _nothing_new(

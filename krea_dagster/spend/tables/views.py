@@ -3,6 +3,8 @@
 | view | a row is |
 |---|---|
 | ``ledger`` | a purchase |
+| ``entries`` | an entry of the account: a refund, credits bought or given, a correction |
+| ``charges`` | a purchase, or a refund or correction of a charge, as that purchase is attributed |
 | ``daily`` | the measures of a UTC day, partition, table, quality, size, and the user's columns |
 | ``failures`` | the purchases without an image of a UTC day, partition, quality, error code |
 | ``attribution`` | a purchase: what it was made for, and the same columns in today's table |
@@ -12,8 +14,9 @@
 | ``spend_by_partition`` | the measures of a day and a partition (``partition``) |
 | ``spend_by_price`` | the purchases (``calls``) of a day and quality at one ``price`` |
 
-The measures are those of ``measures.py``, under their names. A day is that of the time zone that
-the views were opened with; those of ``daily`` and ``failures`` are always UTC.
+The measures are those of ``measures.py``, under their names; ``daily`` has those of purchases. A
+day is that of the time zone that the views were opened with; those of ``daily`` and ``failures``
+are always UTC, and the day of an entry is the one that was entered.
 """
 
 from __future__ import annotations
@@ -23,9 +26,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 from zoneinfo import ZoneInfo
 
+import pyarrow as pa
+
+from krea_dagster.engine.journal.entry_log import CORRECTION, REFUND
 from krea_dagster.engine.journal.prompt_table_log import GENERATED
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import MANIFEST_SCHEMA
+from krea_dagster.spend.tables.entries import ENTRIES_SCHEMA, charges_sql
 from krea_dagster.spend.tables.measures import selected
 from krea_dagster.spend.tables.sql import DuckDB, open_views, quoted
 
@@ -45,11 +52,11 @@ PARTITION_SQL: Final = f"""
     )
 """
 
-#: The views that are made of the ledger.
+#: The views that are made of purchases and refunds.
 _SUMS: Final[Mapping[str, str]] = {
-    "spend_by_day": f"SELECT day, {selected()} FROM ledger GROUP BY day ORDER BY day",
+    "spend_by_day": f"SELECT day, {selected()} FROM charges GROUP BY day ORDER BY day",
     "spend_by_partition": (
-        f"SELECT day, {PARTITION_SQL} AS {PARTITION}, {selected()} FROM ledger "
+        f"SELECT day, {PARTITION_SQL} AS {PARTITION}, {selected()} FROM charges "
         "GROUP BY ALL ORDER BY ALL"
     ),
     "spend_by_price": (
@@ -61,13 +68,14 @@ _SUMS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class SpendTables:
-    """The three spend tables, the manifests, and the number of months that have files."""
+    """The three spend tables, the manifests, the number of months that have files, the entries."""
 
     ledger: Table
     daily: Table
     failures: Table
     manifest: Table = field(default_factory=MANIFEST_SCHEMA.empty_table)
     months: int = 0
+    entries: pa.Table = field(default_factory=ENTRIES_SCHEMA.empty_table)
 
     def open(self, *, zone: str = "UTC", **further: Table) -> DuckDB:
         """Open a DuckDB with the views, and ``further`` tables. Raises ConfigError for a zone."""
@@ -75,13 +83,17 @@ class SpendTables:
             "daily": self.daily,
             "failures": self.failures,
             "manifest": self.manifest,
+            "entries": self.entries,
             **further,
         }
+        kinds = set(self.entries["counts_as"].to_pylist())
+        has_refunds = bool(kinds & {REFUND, CORRECTION})
+        sums = {"charges": charges_sql(has_refunds=has_refunds), **_SUMS}
         if is_utc(zone):
-            return open_views({"ledger": self.ledger, **tables}, _SUMS)
+            return open_views({"ledger": self.ledger, **tables}, sums)
         day = f"CAST(timezone('{zone}', sent_at) AS DATE)"
         local = f"SELECT * REPLACE ({day} AS day) FROM {quoted('ledger of UTC')}"
-        return open_views({"ledger of UTC": self.ledger, **tables}, {"ledger": local, **_SUMS})
+        return open_views({"ledger of UTC": self.ledger, **tables}, {"ledger": local, **sums})
 
 
 def is_utc(zone: str) -> bool:

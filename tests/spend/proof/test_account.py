@@ -8,6 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from krea_dagster.engine.journal.entry_log import AccountEntry
 from krea_dagster.engine.journal.rows import AccountReading, Charge
 from krea_dagster.engine.states import State
 from krea_dagster.spend.proof.account import AccountComparison, AccountProof
@@ -107,6 +108,24 @@ def test_where_the_use_falls_a_new_stretch_begins() -> None:
     assert proof.used_units == proof.journal_units == 2 * UNITS
     assert proof.unexplained_units == 0
     assert certain(readings, charge(21, 22)).unexplained_units == UNITS
+
+
+def test_a_refund_may_have_lowered_the_use_or_not_around_its_day_and_by_no_more() -> None:
+    refund = AccountEntry("refund", START.date(), 3000, entry_id="r")
+    for used, unexplained in ((UNITS, 0), (UNITS - 3000, 0), (UNITS - 3001, -1), (UNITS + 1, 1)):
+        comparison = AccountComparison([reading(0, 0), reading(20, used)], [refund])
+        comparison.add(charge(1, 2))
+        proof = comparison.proof()
+        assert proof is not None
+        assert proof.unexplained_units == unexplained
+        assert proof.in_flight_units == 0, "a refund is not in flight"
+    old = AccountEntry("refund", START.date() - timedelta(days=9), 3000, entry_id="r")
+    given = AccountEntry("promotion", START.date(), 3000, entry_id="p")
+    comparison = AccountComparison([reading(0, 0), reading(20, 0)], [old, given])
+    comparison.add(charge(1, 2))
+    proof = comparison.proof()
+    assert proof is not None
+    assert proof.unexplained_units == -UNITS
 
 
 _TIMES = st.integers(0, 1000)
