@@ -22,8 +22,8 @@ from benchmarks.harness import EndedProcess, note_progress, peak_bytes, run
 from benchmarks.report import Report, finish, options_of
 
 PURCHASES: Final = 1_000_000
-SCRATCH_S: Final = 30.0
-DAY_S: Final = 5.0
+SCRATCH_S: Final = 20.0
+DAY_S: Final = 2.0
 NOTHING_S: Final = 0.5
 PEAK_BYTES: Final = 1_000_000_000
 

@@ -222,9 +222,10 @@ def _labels(
                     if(ledger.outcome IN ('delivered', 'replaced'), reviewed.verdict, NULL)),
             {_hash(map(attributed, by))}
         FROM ledger LEFT JOIN listed USING (request_key) LEFT JOIN reviewed USING (request_key)
+            -- A condition on the ledger alone would make DuckDB compare each pair of rows.
             LEFT JOIN later ON later.table_id = ledger.table_id
-                AND later.prompt_id = ledger.prompt_id AND later.sample = ledger.sample
-                AND ledger.attribution = 'purchase'
+                AND later.prompt_id = if(ledger.attribution = 'purchase', ledger.prompt_id, NULL)
+                AND later.sample = ledger.sample
         GROUP BY month
         """,
     )
