@@ -130,6 +130,15 @@ def credits_text(units: int) -> str:
 
 
 @dataclass(frozen=True)
+class Acknowledgement:
+    """Why a warning about the spend is expected, who said so, and when."""
+
+    reason: str
+    by: str
+    at: datetime
+
+
+@dataclass(frozen=True)
 class ImageRequest:
     """A request for one image: everything that determines it, and its identity.
 

@@ -272,6 +272,28 @@ class Krea(Backend):
         period = SpendPeriod.of(since, until, month, zone or self.settings.timezone)
         return report_of(self, path, by=by, period=period)
 
+    def acknowledge_warning(
+        self, warning_id: str, reason: str | None, *, by: str
+    ) -> SpendWarning | None:
+        """Acknowledge a warning about the spend: it is listed, but not posted, and fails no check.
+
+        Args:
+            warning_id: Its id.
+            reason: Why it is expected; None withdraws an acknowledgement.
+            by: Who says so.
+
+        Returns:
+            The warning; None if it is not found with these settings.
+
+        Raises:
+            InputError: for a malformed id, an empty reason, or nothing to withdraw.
+            ConfigError: if there is no journal.
+            JournalError: if it cannot be written.
+        """
+        from krea_dagster.application.spend_warnings import acknowledge
+
+        return acknowledge(self, warning_id, reason, by=by)
+
     def verify(
         self,
         *,

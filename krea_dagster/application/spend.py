@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from krea_dagster import redact
 from krea_dagster.application.backend import Backend
+from krea_dagster.application.spend_warnings import recent_warnings
 from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
@@ -34,6 +35,7 @@ from krea_dagster.spend.tables.state import SpendState
 from krea_dagster.spend.tables.update import SpendUpdate, update_spend
 from krea_dagster.spend.tables.views import is_utc
 from krea_dagster.spend.warnings.budgets import BudgetLine, budget_lines, hard_budgets
+from krea_dagster.spend.warnings.warnings import SpendWarning
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class SpendPeriod:
 
 @dataclass(frozen=True)
 class Spend:
-    """Sums by the columns ``by`` in a period, its account entries, and all budgets with their use.
+    """Sums by columns in a period, its account entries, all budgets with their use, warnings.
 
     ``rate`` is how many credits one US dollar buys. ``from_today`` counts, for columns of the
     prompt table, the purchases that were not written with them: they count as today's table says.
@@ -83,6 +85,7 @@ class Spend:
     where: str
     budgets: Sequence[BudgetLine] = ()
     entries: EntrySums = field(default_factory=EntrySums)
+    warnings: Sequence[SpendWarning] = ()
     from_today: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -116,8 +119,17 @@ def spend_of(
         with closing(open_tables(storage, manifest=needs_manifest)) as duck:
             budgets = budget_lines(duck, caps, soft, now)
     rate, _ = as_kept(storage)
-    where = redact.location(storage.locate(""))
-    return Spend(names, lines, period, exact_rate(rate), where, budgets, entered, today)
+    return Spend(
+        names,
+        lines,
+        period,
+        exact_rate(rate),
+        redact.location(storage.locate("")),
+        budgets,
+        entered,
+        recent_warnings(backend, now=now, account=False) or [],
+        today,
+    )
 
 
 def _by_time(duck: DuckDB, period: SpendPeriod, now: datetime) -> list[SpendLine]:

@@ -1,24 +1,15 @@
-"""The warnings in the spend tables, and alerts: warnings that a user's function posts once."""
+"""Alerts: warnings in the spend tables that a user's function posts once."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import date, datetime, timedelta, timezone
-from typing import Final
+from datetime import date, datetime, timezone
 
 from krea_dagster.application.backend import Backend
-from krea_dagster.engine.budget import Budget
 from krea_dagster.engine.journal.owners import new_owner
-from krea_dagster.spend.proof.verify import account_proof
-from krea_dagster.spend.tables.query import stored_tables
-from krea_dagster.spend.warnings.budgets import hard_budgets
-from krea_dagster.spend.warnings.load_history import observe
-from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind, find_warnings
-
-#: Days after its last day for which a warning is recent.
-RECENT_DAYS: Final = 7
+from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind
 
 
 @dataclass
@@ -33,27 +24,6 @@ class PostedAlerts:
     errors: list[Exception] = field(default_factory=list)
 
 
-def recent_warnings(
-    backend: Backend, budgets: Sequence[Budget] = (), *, now: datetime
-) -> list[SpendWarning] | None:
-    """Return the warnings of the last days in the spend tables; None without spend tables.
-
-    ``budgets`` only warn, in addition to all of the settings. Raises ConfigError for a budget of an
-    unknown column, and JournalError.
-    """
-    tables = stored_tables(backend.open_storage())
-    if not tables.months:
-        return None
-    proof = None
-    if backend.has_journal():
-        with backend.open_journal() as journal:
-            proof = account_proof(journal)
-    every = [*hard_budgets(backend.caps()), *budgets, *backend.soft_budgets()]
-    history = observe(tables, now=now, budgets=every, account=proof)
-    since = now.astimezone(timezone.utc).date() - timedelta(days=RECENT_DAYS)
-    return [one for one in find_warnings(history, now) if one.until >= since]
-
-
 def post_alerts(
     backend: Backend,
     channel: str,
@@ -64,14 +34,17 @@ def post_alerts(
 ) -> PostedAlerts:
     """Post the warnings that were found ``at`` a time and are not posted yet, by a function.
 
-    A warning for which the function raises an error waits for the next call. Several hosts may do
-    this at the same time. Raises JournalError.
+    Acknowledged ones are not posted. A warning for which the function raises an error waits for the
+    next call. Several hosts may do this at the same time. Raises JournalError.
     """
     outcome = PostedAlerts()
     owner = new_owner(channel)
     with backend.open_journal() as journal:
         alerts = journal.alerts
-        alerts.update(channel, {one.warning_id: _as_json(one) for one in found}, at=at)
+        is_open = {one.warning_id: one.acknowledgement is None for one in found}
+        texts = {one.warning_id: _as_json(one) for one in found if is_open[one.warning_id]}
+        ended = [warning_id for warning_id, still in is_open.items() if not still]
+        alerts.update(channel, texts, ended, at=at)
         waiting = alerts.waiting(channel)
         if not waiting:
             return outcome

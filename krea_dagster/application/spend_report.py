@@ -30,6 +30,7 @@ def report_of(
     update_tables(backend, credits_per_usd=rate, by=own)
     with backend.open_journal() as journal:
         account = account_proof(journal)
+        acknowledgements = journal.acknowledgements.current()
     return write_report(
         stored_tables(storage),
         path,
@@ -40,6 +41,7 @@ def report_of(
         account=account,
         prompts=lambda ids: prompt_texts(storage, ids),
         soft=backend.soft_budgets(),
+        acknowledgements=acknowledgements,
         since=period.since,
         until=period.until,
         zone=period.zone,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import getpass
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,14 @@ def open_krea(*, reads_values: bool = True) -> Krea:
     from krea_dagster.application.krea import Krea
 
     return Krea.from_environment()
+
+
+def login_name() -> str:
+    """Return the name of the person who uses the command."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return "reviewer"
 
 
 def project_options(command: _Command) -> _Command:

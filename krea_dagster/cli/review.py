@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import re
 import secrets
@@ -15,7 +14,7 @@ from typing import Final
 
 import click
 
-from krea_dagster.cli.options import open_krea, project_options
+from krea_dagster.cli.options import login_name, open_krea, project_options
 from krea_dagster.errors import ConfigError
 
 _TOKEN_VARIABLE: Final = "KREA_REVIEW_TOKEN"  # noqa: S105 - the name of the variable
@@ -79,7 +78,7 @@ def review_command(
             click.echo(f"{rows:,} rows; press Ctrl+C to stop.", err=True)
 
         open_krea().review(
-            reviewer=reviewer or _login(),
+            reviewer=reviewer or login_name(),
             port=port,
             token=_token(token_file),
             reasons=reasons,
@@ -122,10 +121,3 @@ def _token(file: Path | None) -> str:
             "- or _"
         )
     return token
-
-
-def _login() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):
-        return "reviewer"

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+from click.core import ParameterSource
 from rich.markup import escape
 from rich.table import Table
 
-from krea_dagster.cli.options import json_option, open_krea, project_options
+from krea_dagster.cli.options import json_option, login_name, open_krea, project_options
 from krea_dagster.cli.terminal import out, printable, show_json
 from krea_dagster.models import UNITS_PER_CREDIT, credits_text
 from krea_dagster.spend.text import dollars_of, rough, unique_names
@@ -42,10 +43,13 @@ _CREDITS: Final = {
 #: Columns that a narrow terminal leaves out, in this order.
 _LESS: Final = ("each", "lost", "failed", "USD", "asked", "at stake", "open")
 
+#: Warnings that a terminal shows.
+_MOST_WARNINGS: Final = 20
+
 _DAY: Final = click.DateTime(["%Y-%m-%d"])
 
 
-@click.command("spend")
+@click.group("spend", invoke_without_command=True)
 @project_options
 @click.option(
     "--by",
@@ -100,6 +104,8 @@ def spend_command(
     First brings the tables in spend/ of the storage root up to date. Buys nothing, and needs no
     network. Ends with 0 also if a budget is exceeded: it reports, and the caps stop purchases.
     """
+    if _is_subcommand():
+        return
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")
     if sql is not None and (by or since or until or month):
@@ -131,11 +137,52 @@ def spend_command(
         show_spend(spend)
 
 
+def _is_subcommand() -> bool:
+    """Return whether a subcommand follows, which has the project's options itself."""
+    context = click.get_current_context()
+    if context.invoked_subcommand is None:
+        return False
+    if ParameterSource.COMMANDLINE in map(context.get_parameter_source, context.params):
+        raise click.UsageError(f"give the options after {context.invoked_subcommand}")
+    return True
+
+
+@spend_command.command("acknowledge")
+@project_options
+@click.argument("warning_id", metavar="WARNING")
+@click.option("--reason", metavar="TEXT", help="Why it is expected, such as a planned campaign.")
+@click.option("--withdraw", is_flag=True, help="Take the acknowledgement back.")
+@click.option("--by", metavar="NAME", help="Who says so.  [default: the login name]")
+def acknowledge_command(
+    warning_id: str, *, reason: str | None, withdraw: bool, by: str | None
+) -> None:
+    """Acknowledge a warning, by the id that ``spend`` shows.
+
+    It is still listed, with the reason, but is not posted and fails no check, also if it grows.
+    """
+    if withdraw == (reason is not None):
+        raise click.UsageError("give either --reason or --withdraw")
+    done = open_krea().acknowledge_warning(warning_id, reason, by=by or login_name())
+    if done is not None:
+        out.print(escape(printable(done.text)))
+    out.print("The acknowledgement is withdrawn." if withdraw else "The warning is acknowledged.")
+    if done is None:
+        out.print("It is not among the present warnings of these settings.")
+
+
 def show_report(path: Path, warnings: Sequence[SpendWarning]) -> None:
     """Print a report's warnings, and its path."""
-    for one in warnings:
-        out.print(escape(f"{one.level.value}: {one.text}"))
+    show_warnings(warnings)
     out.print(f"The report is in {escape(str(path))}")
+
+
+def show_warnings(warnings: Sequence[SpendWarning]) -> None:
+    """Print warnings, each with its id, and why acknowledged ones are expected."""
+    for one in warnings:
+        line = f"{one.level.value} {one.warning_id}: {one.text}"
+        if (known := one.acknowledgement) is not None:
+            line = f"acknowledged {one.warning_id}: {one.text} ({known.by}: {known.reason})"
+        out.print(escape(printable(line)))
 
 
 def _spend_table(shown: Spend) -> tuple[Table, list[str]]:
@@ -188,7 +235,7 @@ def _width(name: str, texts: Sequence[str]) -> int:
 
 
 def show_spend(shown: Spend) -> None:
-    """Print what was spent: today, this month and in total, or by columns; then the budgets."""
+    """Print what was spent: today, this month and in total, or by columns; budgets; warnings."""
     if not shown.lines:
         out.print("Nothing was bought in that time.")
     else:
@@ -206,6 +253,9 @@ def show_spend(shown: Spend) -> None:
         out.print(said)
     if shown.budgets:
         out.print(_budget_table(shown))
+    show_warnings(shown.warnings[:_MOST_WARNINGS])
+    if (more := len(shown.warnings) - _MOST_WARNINGS) > 0:
+        out.print(f"and {more} more warnings: see --json")
     out.print(f"USD at {float(shown.rate):g} credits per USD; days are {shown.period.zone}")
     out.print(f"tables     {escape(shown.where)}/spend")
 
@@ -241,7 +291,7 @@ def _quotient(units: float | None) -> str:
 
 
 def spend_figures(shown: Spend) -> dict[str, Any]:
-    """Return the sums and budgets for JSON. Credits and dollars are exact decimals."""
+    """Return the sums, budgets and warnings for JSON. Credits and dollars are exact decimals."""
     period = shown.period
     return {
         "by": list(shown.by),
@@ -270,6 +320,27 @@ def spend_figures(shown: Spend) -> dict[str, Any]:
                 else _exact(one.forecast_units),
             }
             for one in shown.budgets
+        ],
+        "warnings": [
+            {
+                "warning": one.warning_id,
+                "kind": one.kind.value,
+                "level": one.level.value,
+                "about": one.about,
+                "since": one.since.isoformat(),
+                "until": one.until.isoformat(),
+                "text": one.text,
+                "advice": one.advice,
+                "credits": _exact(one.units),
+                "acknowledged": None
+                if one.acknowledgement is None
+                else {
+                    "reason": one.acknowledgement.reason,
+                    "by": one.acknowledgement.by,
+                    "at": one.acknowledgement.at.isoformat(),
+                },
+            }
+            for one in shown.warnings
         ],
     }
 

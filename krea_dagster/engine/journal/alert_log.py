@@ -7,12 +7,13 @@ claim is valid while its owner is alive (``owners.py``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 
 from sqlalchemy import Connection, delete, or_, select, update
 
 from krea_dagster.engine.journal.database import DatabaseLog
+from krea_dagster.engine.journal.rows import chunks
 from krea_dagster.engine.journal.schema import spend_alerts
 from krea_dagster.engine.journal.statements import insertion
 
@@ -20,11 +21,18 @@ from krea_dagster.engine.journal.statements import insertion
 class AlertLog(DatabaseLog):
     """The alerts in a journal's database, by the channel that posts them."""
 
-    def update(self, channel: str, found: Mapping[str, str], *, at: datetime) -> None:
+    def update(
+        self,
+        channel: str,
+        found: Mapping[str, str],
+        acknowledged: Collection[str] = (),
+        *,
+        at: datetime,
+    ) -> None:
         """Enter the warnings that were found ``at`` a time, by id, as JSON; forget ended ones.
 
-        Those that are posted and no longer found have ended. What another host has seen later is
-        kept.
+        Those that are posted and no longer found have ended, and those that are ``acknowledged``.
+        What another host has seen later is kept.
         """
         of_channel = spend_alerts.c.channel == channel
         rows = [
@@ -43,8 +51,10 @@ class AlertLog(DatabaseLog):
                         where=spend_alerts.c.seen_at < at,
                     )
                 )
-            ended = spend_alerts.c.posted_at.is_not(None), spend_alerts.c.seen_at < at
-            connection.execute(delete(spend_alerts).where(of_channel, *ended))
+            older = delete(spend_alerts).where(of_channel, spend_alerts.c.seen_at < at)
+            connection.execute(older.where(spend_alerts.c.posted_at.is_not(None)))
+            for part in chunks(sorted(acknowledged)):
+                connection.execute(older.where(spend_alerts.c.warning_id.in_(part)))
 
         self._database.write("note alerts in", write)
 

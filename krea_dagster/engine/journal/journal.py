@@ -18,6 +18,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, func, insert, select, update
 
 from krea_dagster.engine.budget import Caps, Commitment
+from krea_dagster.engine.journal.acknowledgement_log import AcknowledgementLog
 from krea_dagster.engine.journal.alert_log import AlertLog
 from krea_dagster.engine.journal.api_key_log import ApiKeyLog
 from krea_dagster.engine.journal.append import StaleRecord, write_changes
@@ -78,6 +79,7 @@ class Journal:
 
     Attributes:
         database: the connections.
+        acknowledgements: the warnings about the spend that people expect.
         alerts: the warnings about the spend that are to be posted.
         api_keys: the API keys that images were bought with.
         callbacks: the callbacks that receivers have written.
@@ -94,6 +96,7 @@ class Journal:
     def __init__(self, url: str, *, lock_timeout_s: float = 60.0) -> None:
         database = Database(url, lock_timeout_s=lock_timeout_s)
         self.database = database
+        self.acknowledgements = AcknowledgementLog(database)
         self.alerts = AlertLog(database)
         self.api_keys = ApiKeyLog(database)
         self.callbacks = CallbackLog(database)

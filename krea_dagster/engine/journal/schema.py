@@ -471,6 +471,21 @@ account_entries: Final = Table(
     Index("ix_account_entries_purchase", "idempotency_key"),
 )
 
+#: What a person acknowledged of the warnings about the spend; the last row of a warning counts, and
+#: one without a reason withdraws the one before. Triggers prevent changes and removals. ``text`` is
+#: what the warning said, where that was known.
+spend_acknowledgements: Final = Table(
+    "spend_acknowledgements",
+    metadata,
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("warning_id", String(16), nullable=False),
+    Column("reason", Text),
+    Column("person", String(255), nullable=False),
+    Column("at", UtcTime, nullable=False),
+    Column("text", Text),
+    sqlite_autoincrement=True,
+)
+
 
 def _keep_rows(table: Table, function: str, message: str) -> None:
     """Make a table append-only, by triggers that are created with it."""
@@ -502,6 +517,11 @@ _keep_rows(
     account_entries,
     "account_entries_are_kept",
     "an entry is never changed or removed; enter a correction that reverses it",
+)
+_keep_rows(
+    spend_acknowledgements,
+    "spend_acknowledgements_are_kept",
+    "an acknowledgement is never changed or removed; withdraw it",
 )
 
 #: Everything that happened, in order; replaying it gives the current state. Events before the

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import dagster as dg
 
-from krea_dagster.application.spend_alerts import recent_warnings
+from krea_dagster.application.spend_warnings import recent_warnings
 from krea_dagster.engine.budget import Budget
 from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.failures import as_failure
@@ -43,8 +43,8 @@ def build_spend_warnings_checks(
     They are warnings, except a difference between account and journal, which is an error. All
     budgets of the resource count; ``budgets`` are further soft ones, written as those:
     ``month=900``, ``partition=20``, or ``column:campaign:autumn=100`` for a column of the prompt
-    table. A warning fails its check until seven days after its last day. Needs no network. Raises
-    ConfigError.
+    table. A warning fails its check until seven days after its last day, unless a person has
+    acknowledged it. Needs no network. Raises ConfigError.
     """
     parsed = [Budget.parse(text) for text in budgets]
     specs = [
@@ -85,7 +85,8 @@ def _result(
             severity=dg.AssetCheckSeverity.WARN,
             description="Nothing was checked: there are no spend tables yet.",
         )
-    mine = [one for one in found if one.kind is kind]
+    every = [one for one in found if one.kind is kind]
+    mine = [one for one in every if one.acknowledgement is None]
     more = f" And {len(mine) - 1} more." if len(mine) > 1 else ""
     return dg.AssetCheckResult(
         passed=not mine,
@@ -93,24 +94,28 @@ def _result(
         check_name=name,
         severity=severity,
         description=f"{mine[0].text} {mine[0].advice}{more}" if mine else _DESCRIPTIONS[kind],
-        metadata=_metadata(mine),
+        metadata=_metadata(mine, every),
     )
 
 
-def _metadata(found: Sequence[SpendWarning]) -> Mapping[str, Any]:
+def _metadata(mine: Sequence[SpendWarning], every: Sequence[SpendWarning]) -> Mapping[str, Any]:
+    """Return the number and money of the warnings, and a table that has acknowledged ones too."""
     values: dict[str, Any] = {
-        "warnings": len(found),
-        "credits_in_question": credits_from_units(sum(one.units for one in found)),
+        "warnings": len(mine),
+        "acknowledged": len(every) - len(mine),
+        "credits_in_question": credits_from_units(sum(one.units for one in mine)),
     }
-    if found:
+    if every:
         values["findings"] = small_table(
             {
+                "warning_id": one.warning_id,
                 "since": f"{one.since}",
                 "until": f"{one.until}",
                 "about": one.about,
                 "finding": one.text,
                 "credits": credits_from_units(one.units),
+                "acknowledged": one.acknowledgement.reason if one.acknowledgement else "",
             }
-            for one in found
+            for one in every
         )
     return values

@@ -8,7 +8,8 @@ from typing import Any
 import dagster as dg
 
 from krea_dagster import redact
-from krea_dagster.application.spend_alerts import post_alerts, recent_warnings
+from krea_dagster.application.spend_alerts import post_alerts
+from krea_dagster.application.spend_warnings import recent_warnings
 from krea_dagster.engine.budget import Budget
 from krea_dagster.errors import KreaError
 from krea_dagster.plugin.names import Names

@@ -13,6 +13,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, Final
 from zoneinfo import ZoneInfo
 
@@ -22,7 +23,7 @@ from markupsafe import Markup
 from krea_dagster.engine.budget import CREDITS_PER_USD, Budget
 from krea_dagster.engine.storage.page import write_page
 from krea_dagster.errors import ConfigError
-from krea_dagster.models import UNITS_PER_CREDIT, units_from_credits
+from krea_dagster.models import UNITS_PER_CREDIT, Acknowledgement, units_from_credits
 from krea_dagster.spend.proof.account import AccountProof
 from krea_dagster.spend.report.charts import (
     BudgetMark,
@@ -68,6 +69,7 @@ def write_report(
     account: AccountProof | None = None,
     prompts: Callable[[Sequence[str]], Mapping[str, str]] = lambda _: {},
     soft: Sequence[Budget] = (),
+    acknowledgements: Mapping[str, Acknowledgement] = MappingProxyType({}),
     since: date | None = None,
     until: date | None = None,
     zone: str = "UTC",
@@ -81,6 +83,7 @@ def write_report(
         by: Columns to add up by.
         prompts: Returns the texts of prompt_ids, where known.
         soft: The budgets that only warn.
+        acknowledgements: The acknowledged warnings, by id.
         since: First day, in the time zone ``zone``, as is ``until``, the last one.
 
     Raises:
@@ -95,7 +98,13 @@ def write_report(
     if figures.today < now.astimezone(ZoneInfo(zone)).date():
         # What was known at the end of the period, but for purchases that have settled since.
         now = datetime.combine(figures.today, time.max, ZoneInfo(zone))
-    history = observe(tables, now=now, budgets=[*caps, *soft], account=account)
+    history = observe(
+        tables,
+        now=now,
+        budgets=[*caps, *soft],
+        account=account,
+        acknowledgements=acknowledgements,
+    )
     warnings = [one for one in find_warnings(history, now) if since is None or one.until >= since]
     with closing(tables.open()) as duck:
         budgets = budget_lines(duck, caps, soft, now)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from typing import Final, Literal
 
 from krea_dagster.engine.budget import PUBLISHED_UNITS
+from krea_dagster.models import Acknowledgement
 
 #: The highest published price.
 HIGHEST_PRICE_UNITS: Final = max(PUBLISHED_UNITS.values())
@@ -96,7 +97,8 @@ class AccountUse:
 class SpendHistory:
     """Everything that warnings are found in, in the order of days; ``days`` have purchases.
 
-    ``account`` is None where the account was not read twice.
+    ``account`` is None where the account was not read twice. ``acknowledgements`` are by the id of
+    their warning.
     """
 
     days: Sequence[DaySpend] = ()
@@ -105,6 +107,7 @@ class SpendHistory:
     failures: Sequence[FailureSeen] = ()
     budgets: Sequence[BudgetUse] = ()
     account: AccountUse | None = None
+    acknowledgements: Mapping[str, Acknowledgement] = field(default_factory=dict)
 
     @property
     def grain_units(self) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from datetime import datetime, timezone
+from types import MappingProxyType
 
 from krea_dagster.engine.budget import Budget
+from krea_dagster.models import Acknowledgement
 from krea_dagster.spend.proof.account import AccountProof
 from krea_dagster.spend.tables.measures import WITHOUT_IMAGE
 from krea_dagster.spend.tables.sql import units_of
@@ -28,6 +30,7 @@ def observe(
     now: datetime,
     budgets: Sequence[Budget] = (),
     account: AccountProof | None = None,
+    acknowledgements: Mapping[str, Acknowledgement] = MappingProxyType({}),
 ) -> SpendHistory:
     """Read the history from the three spend tables. Raises ConfigError for an unknown column.
 
@@ -61,7 +64,8 @@ def observe(
             ).fetchall()
         ]
         uses = budget_uses(database, budgets, now)
-    return SpendHistory(days, partitions, prices, failed, uses, account_use(account))
+    use = account_use(account)
+    return SpendHistory(days, partitions, prices, failed, uses, use, acknowledgements)
 
 
 def account_use(proof: AccountProof | None) -> AccountUse | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
@@ -17,7 +17,7 @@ from math import sqrt
 from statistics import median
 from typing import Final
 
-from krea_dagster.models import UNITS_PER_CREDIT
+from krea_dagster.models import UNITS_PER_CREDIT, Acknowledgement
 from krea_dagster.spend.text import credits_words, day_words, rough
 from krea_dagster.spend.warnings.anomaly import (
     LEARNING_DAYS,
@@ -94,6 +94,7 @@ class SpendWarning:
         units: The money in question, in 1/10,000 credits.
         about: The partition, quality, error code or budget concerned; empty: all.
         subject: What identifies it among those of its kind; by default ``about`` and ``since``.
+        acknowledgement: Why it is expected, if a person has said so: then it is not posted.
     """
 
     kind: WarningKind
@@ -104,6 +105,7 @@ class SpendWarning:
     units: int = 0
     about: str = ""
     subject: str = ""
+    acknowledgement: Acknowledgement | None = None
 
     @property
     def warning_id(self) -> str:
@@ -124,7 +126,7 @@ class SpendWarning:
 
 
 def find_warnings(history: SpendHistory, now: datetime) -> list[SpendWarning]:
-    """Find all warnings up to ``now``: errors first, then the latest first.
+    """Find all warnings up to ``now``: errors first, acknowledged ones last, the latest first.
 
     Budgets and the forecast concern today and this month; the others any day of the history.
     """
@@ -147,7 +149,11 @@ def find_warnings(history: SpendHistory, now: datetime) -> list[SpendWarning]:
     found.sort(
         key=lambda warning: (-warning.until.toordinal(), order.index(warning.kind), warning.about)
     )
-    return sorted(found, key=lambda warning: warning.level is not Level.ERROR)
+    known = history.acknowledgements
+    found = [replace(one, acknowledgement=known.get(one.warning_id)) for one in found]
+    return sorted(
+        found, key=lambda one: (one.acknowledgement is not None, one.level is not Level.ERROR)
+    )
 
 
 def _account(account: AccountUse | None, today: date) -> Iterator[SpendWarning]:

@@ -17,7 +17,8 @@ import pytest
 
 from krea_dagster import KreaResource, SpendWarning, build_krea_definitions, build_spend_alerts
 from krea_dagster.application.spend import update_tables
-from krea_dagster.application.spend_alerts import PostedAlerts, post_alerts, recent_warnings
+from krea_dagster.application.spend_alerts import PostedAlerts, post_alerts
+from krea_dagster.application.spend_warnings import recent_warnings
 from krea_dagster.engine.journal.owners import new_owner
 from krea_dagster.errors import ConfigError
 from krea_dagster.spend.warnings.warnings import Level, WarningKind

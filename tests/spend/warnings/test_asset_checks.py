@@ -13,7 +13,7 @@ import pytest
 
 from krea_dagster import KreaResource
 from krea_dagster.application.spend import update_tables
-from krea_dagster.application.spend_alerts import recent_warnings
+from krea_dagster.application.spend_warnings import recent_warnings
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.checks.spend_warnings import build_spend_warnings_checks
