@@ -7,6 +7,7 @@ them, and ``Settings.from_environment`` reads their variables.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +23,7 @@ from krea_dagster.engine.budget import Budget
 from krea_dagster.errors import ConfigError
 from krea_dagster.file_systems import parse_options
 from krea_dagster.models import MOST_CREDITS, credits_from_units, parse_cap, parse_whole_number
+from krea_dagster.spend.warnings.anomaly import THRESHOLD
 
 #: The emulator's default API key.
 EMULATOR_KEY: Final = "emulator"
@@ -132,6 +134,15 @@ class SharedSettings(BaseModel):
         "Budgets that only warn and stop nothing, written as the budgets.",
         variable="KREA_SOFT_BUDGETS",
         metavar="SCOPE=CREDITS,…",
+    )
+    spend_threshold: float = _setting(
+        THRESHOLD,
+        "How many standard deviations spend must differ from the usual one to be a warning. Less "
+        "finds more, and warns without cause more often.",
+        variable="KREA_SPEND_THRESHOLD",
+        metavar="N",
+        ge=1,
+        le=100,
     )
     spend_by: list[str] = _setting(
         [],
@@ -315,9 +326,8 @@ def _read(text: str, field: FieldInfo, name: str) -> Any:
             return _api_root(text, variable)
         case "callback_base_url":
             return without_secret(text, variable)
-        case "max_in_flight" | "partitions_per_run":
-            (most,) = (bound.le for bound in field.metadata if hasattr(bound, "le"))
-            return parse_whole_number(text, variable, most=most)
+        case "max_in_flight" | "partitions_per_run" | "spend_threshold":
+            return _number(text, field, variable)
         case "run_credits" | "day_credits":
             return credits_from_units(parse_cap(text, variable))
         case "budgets" | "soft_budgets":
@@ -354,6 +364,17 @@ def without_secret(url: str, variable: str) -> str:
             f"{redact.location(url)}"
         )
     return url
+
+
+def _number(text: str, field: FieldInfo, variable: str) -> float:
+    """Parse a number within the bounds of a setting. Raises ConfigError."""
+    (least,) = (bound.ge for bound in field.metadata if hasattr(bound, "ge"))
+    (most,) = (bound.le for bound in field.metadata if hasattr(bound, "le"))
+    if not isinstance(field.default, float):
+        return parse_whole_number(text, variable, most=most)
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not least <= float(text) <= most:
+        raise ConfigError(f"{variable} is {text[:60]!r}; use a number from {least} to {most}")
+    return float(text)
 
 
 def _names(text: str) -> list[str]:

@@ -42,6 +42,7 @@ def report_of(
         prompts=lambda ids: prompt_texts(storage, ids),
         soft=backend.soft_budgets(),
         acknowledgements=acknowledgements,
+        threshold=backend.settings.spend_threshold,
         since=period.since,
         until=period.until,
         zone=period.zone,

@@ -45,7 +45,7 @@ def recent_warnings(
         proof = account_proof(journal) if account else None
         acknowledged = journal.acknowledgements.current()
     history = observe(tables, now=now, budgets=every, account=proof, acknowledgements=acknowledged)
-    found = find_warnings(history, now)
+    found = find_warnings(history, now, backend.settings.spend_threshold)
     if days is None:
         return found
     since = now.astimezone(timezone.utc).date() - timedelta(days=days)

@@ -25,7 +25,7 @@ def test_the_component_has_the_setting_as_it_is_defined(name: str) -> None:
 def test_no_two_settings_share_a_variable() -> None:
     variables = [variable_of(field) for field in Settings.model_fields.values()]
     named = [variable for variable in variables if variable]
-    assert len(named) == len(set(named)) == 22
+    assert len(named) == len(set(named)) == 23
 
 
 def test_secrets_are_not_in_the_repr() -> None:
@@ -56,6 +56,8 @@ def test_without_a_key_the_images_come_from_an_emulator() -> None:
         ("KREA_MAX_IN_FLIGHT", "1e3"),
         ("KREA_PARTITIONS_PER_RUN", "0"),
         ("KREA_RUN_CREDITS", "many"),
+        ("KREA_SPEND_THRESHOLD", "0.5"),
+        ("KREA_SPEND_THRESHOLD", "nan"),
         ("KREA_BUDGETS", "weekly=3"),
     ],
 )

@@ -76,6 +76,7 @@ EVERYTHING: dict[str, Any] = {
         "budgets": ["month=900", "column:day=5"],
         "soft_budgets": ["month=800"],
         "timezone": "Europe/Berlin",
+        "spend_threshold": 5.0,
         "spend_by": ["campaign"],
         "spend_tags": ["team"],
         "patience_s": 600,

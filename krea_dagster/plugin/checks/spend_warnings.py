@@ -22,10 +22,11 @@ _DESCRIPTIONS: Final[Mapping[WarningKind, str]] = {
     ),
     WarningKind.FORECAST: "The month will end within its budget, judging by the last six weeks.",
     WarningKind.DAY_OUT_OF_HABIT: (
-        "No day cost both 2.5 times as much as its weekday usually does and 6 deviations more (by "
-        "the median and the MAD of eight weeks)."
+        "No day cost far more than its weekday usually does, and more than each day of half a year."
     ),
     WarningKind.PARTITION_OUT_OF_HABIT: "No partition cost far more than usual.",
+    WarningKind.STOPPED: "Purchases have not stopped, if there are some on most days.",
+    WarningKind.LEVEL_CHANGED: "Two weeks cost about as much as the twelve weeks before.",
     WarningKind.PRICE_CHANGED: "A call costs as much as before.",
     WarningKind.FAILURE_NEW: "No purchase failed with a new kind of error.",
     WarningKind.FAILURES_HIGH: "No day had far more failed purchases than usual.",

@@ -18,7 +18,7 @@ import svg
 from krea_dagster.models import UNITS_PER_CREDIT
 from krea_dagster.spend.report.report_data import Period
 from krea_dagster.spend.text import amount, day_words, rough
-from krea_dagster.spend.warnings.anomaly import Forecast, days_left
+from krea_dagster.spend.warnings.forecast import Forecast, days_left
 
 #: Widths in pixels at which a chart is drawn, by the class that shows it.
 WIDTHS: Final = {"wide": 1040, "middle": 680, "narrow": 342}

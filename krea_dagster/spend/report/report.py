@@ -35,8 +35,9 @@ from krea_dagster.spend.report.charts import (
 from krea_dagster.spend.report.report_data import Period, ReportFigures, figures_of
 from krea_dagster.spend.tables.views import SpendTables
 from krea_dagster.spend.text import CENT_UNITS, amount, credits_words, day_words, rough
-from krea_dagster.spend.warnings.anomaly import Forecast, forecast_usual
+from krea_dagster.spend.warnings.anomaly import THRESHOLD
 from krea_dagster.spend.warnings.budgets import BudgetLine, budget_lines
+from krea_dagster.spend.warnings.forecast import Forecast, forecast_usual
 from krea_dagster.spend.warnings.load_history import observe
 from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind, find_warnings
 
@@ -52,6 +53,8 @@ _KINDS: Final[Mapping[WarningKind, str]] = {
     WarningKind.FORECAST: "Forecast",
     WarningKind.DAY_OUT_OF_HABIT: "Unusual day",
     WarningKind.PARTITION_OUT_OF_HABIT: "Unusual partition",
+    WarningKind.STOPPED: "No purchases",
+    WarningKind.LEVEL_CHANGED: "New level of spend",
     WarningKind.PRICE_CHANGED: "Price changed",
     WarningKind.FAILURE_NEW: "New failure",
     WarningKind.FAILURES_HIGH: "Many failures",
@@ -70,6 +73,7 @@ def write_report(
     prompts: Callable[[Sequence[str]], Mapping[str, str]] = lambda _: {},
     soft: Sequence[Budget] = (),
     acknowledgements: Mapping[str, Acknowledgement] = MappingProxyType({}),
+    threshold: float = THRESHOLD,
     since: date | None = None,
     until: date | None = None,
     zone: str = "UTC",
@@ -84,6 +88,7 @@ def write_report(
         prompts: Returns the texts of prompt_ids, where known.
         soft: The budgets that only warn.
         acknowledgements: The acknowledged warnings, by id.
+        threshold: How many standard deviations unusual spend is from the usual one.
         since: First day, in the time zone ``zone``, as is ``until``, the last one.
 
     Raises:
@@ -105,7 +110,8 @@ def write_report(
         account=account,
         acknowledgements=acknowledgements,
     )
-    warnings = [one for one in find_warnings(history, now) if since is None or one.until >= since]
+    found = find_warnings(history, now, threshold)
+    warnings = [one for one in found if since is None or one.until >= since]
     with closing(tables.open()) as duck:
         budgets = budget_lines(duck, caps, soft, now)
     page = render(

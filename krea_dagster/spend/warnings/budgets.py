@@ -11,7 +11,7 @@ from krea_dagster.engine.budget import Budget, Caps
 from krea_dagster.spend.tables.query import SpendLine, sums
 from krea_dagster.spend.tables.sql import DuckDB, units_of
 from krea_dagster.spend.tables.views import PARTITION
-from krea_dagster.spend.warnings.anomaly import forecast_usual
+from krea_dagster.spend.warnings.forecast import forecast_usual
 from krea_dagster.spend.warnings.history import HIGHEST_PRICE_UNITS, BudgetUse
 
 #: Days since its last purchase for which the budget of a run, partition or value is shown.

@@ -23,17 +23,16 @@ from krea_dagster.spend.warnings.anomaly import (
     LEARNING_DAYS,
     LEAST_ACTIVE,
     LEAST_EXCESS_UNITS,
-    LEAST_PEERS,
+    LEVEL_DAYS,
+    THRESHOLD,
     WINDOW_DAYS,
     Anomaly,
-    Forecast,
-    anomalous_days,
-    days_left,
-    far_above,
-    find_anomalies,
+    find_new_levels,
+    find_stops,
     find_unusual_days,
-    forecast_usual,
+    usual_of_peers,
 )
+from krea_dagster.spend.warnings.forecast import Forecast, days_left, forecast_usual
 from krea_dagster.spend.warnings.history import (
     AccountUse,
     BudgetUse,
@@ -59,6 +58,8 @@ TROUBLE_POINTS: Final = 0.05
 LEAST_TROUBLE: Final = 5
 #: Excess of a partition from which it is a warning, as a share of a whole day's usual spend.
 LEAST_PARTITION_SHARE: Final = 0.25
+#: Most days for which a stop is a warning: what has ended is not a fault.
+MOST_STOP_DAYS: Final = 28
 
 
 class WarningKind(str, Enum):
@@ -69,6 +70,8 @@ class WarningKind(str, Enum):
     FORECAST = "forecast"
     DAY_OUT_OF_HABIT = "day_out_of_habit"
     PARTITION_OUT_OF_HABIT = "partition_out_of_habit"
+    STOPPED = "stopped"
+    LEVEL_CHANGED = "level_changed"
     PRICE_CHANGED = "price_changed"
     FAILURE_NEW = "failure_new"
     FAILURES_HIGH = "failures_high"
@@ -125,22 +128,28 @@ class SpendWarning:
         return Level.ERROR if error else Level.WARNING
 
 
-def find_warnings(history: SpendHistory, now: datetime) -> list[SpendWarning]:
+def find_warnings(
+    history: SpendHistory, now: datetime, threshold: float = THRESHOLD
+) -> list[SpendWarning]:
     """Find all warnings up to ``now``: errors first, acknowledged ones last, the latest first.
 
     Budgets and the forecast concern today and this month; the others any day of the history.
+    ``threshold`` is how many standard deviations unusual spend is from the usual one.
     """
     today = now.astimezone(timezone.utc).date()
     spent = {day.day: day.committed_units for day in history.days if day.day <= today}
     grain_units = history.grain_units
-    anomalies = find_unusual_days(spent, today, grain_units)
-    unusual_days = anomalous_days(anomalies)
+    days = find_unusual_days(spent, today, grain_units, threshold)
+    stops = find_stops(spent, today, threshold)
+    levels = find_new_levels(spent, today, grain_units, threshold, [*days, *stops])
     found = [
         *_account(history.account, today),
         *_budgets(history.budgets, today, now),
         *_forecast(history.budgets, forecast_usual(spent, today, grain_units), today),
-        *_days(history, anomalies),
-        *_partitions(history, today, unusual_days, grain_units),
+        *(_day(history, anomaly) for anomaly in days),
+        *map(_stop, stops),
+        *map(_level, levels),
+        *_partitions(history, spent, days, threshold),
         *_prices(history.prices, today),
         *_new_failures(history, today),
         *_many_failures(history.days, today),
@@ -231,22 +240,50 @@ def _forecast(
         )
 
 
-def _days(history: SpendHistory, anomalies: Sequence[Anomaly]) -> Iterator[SpendWarning]:
-    for anomaly in anomalies:
-        times = (
-            f", {anomaly.units / anomaly.expected_units:.1f} times"
-            if anomaly.expected_units
-            else ","
-        )
-        yield SpendWarning(
-            WarningKind.DAY_OUT_OF_HABIT,
-            f"{credits_words(anomaly.units)} {_on(anomaly.since, anomaly.until)}{times} the "
-            f"{credits_words(anomaly.expected_units)} that are usual{_mostly(history, anomaly)}.",
-            anomaly.since,
-            anomaly.until,
-            "`krea-dagster spend --by run_id` shows the run; a day's budget would stop it.",
-            anomaly.excess_units,
-        )
+def _day(history: SpendHistory, anomaly: Anomaly) -> SpendWarning:
+    return SpendWarning(
+        WarningKind.DAY_OUT_OF_HABIT,
+        f"{credits_words(anomaly.units)} {_on_days(anomaly)}{_times(anomaly)} the "
+        f"{credits_words(anomaly.usual_units)} that are usual{_mostly(history, anomaly)}.",
+        anomaly.since,
+        anomaly.until,
+        "`krea-dagster spend --by run_id` shows the run; a day's budget would stop it.",
+        anomaly.excess_units,
+    )
+
+
+def _stop(stop: Anomaly) -> SpendWarning:
+    days = len(stop.usual)
+    return SpendWarning(
+        WarningKind.STOPPED,
+        f"Nothing was bought on {days} days, {_on(stop.since, stop.until)}; "
+        f"{credits_words(stop.usual_units)} are usual.",
+        stop.since,
+        min(stop.until, stop.since + timedelta(days=MOST_STOP_DAYS - 1)),
+        "Check that the schedules run, and that the account has credits.",
+        stop.usual_units,
+    )
+
+
+def _level(level: Anomaly) -> SpendWarning:
+    advice = "`krea-dagster spend --by week` shows since when; a month's budget limits it."
+    if level.excess_units < 0:
+        advice = "Check that all schedules run, and that no rows are deferred."
+    return SpendWarning(
+        WarningKind.LEVEL_CHANGED,
+        f"{credits_words(level.units)} in {LEVEL_DAYS} days, {_on(level.since, level.until)}"
+        f"{_times(level)} the {credits_words(level.usual_units)} of the "
+        f"{WINDOW_DAYS // 7} weeks before.",
+        level.since,
+        level.until,
+        advice,
+        abs(level.excess_units),
+    )
+
+
+def _times(anomaly: Anomaly) -> str:
+    usual = anomaly.usual_units
+    return f", {anomaly.units / usual:.1f} times" if usual else ","
 
 
 def _mostly(history: SpendHistory, anomaly: Anomaly) -> str:
@@ -262,7 +299,7 @@ def _mostly(history: SpendHistory, anomaly: Anomaly) -> str:
 
 
 def _partitions(
-    history: SpendHistory, today: date, unusual_days: frozenset[date], grain_units: int
+    history: SpendHistory, spent: Mapping[date, int], days: Sequence[Anomaly], threshold: float
 ) -> Iterator[SpendWarning]:
     """Find unusual partitions, except on days that are a warning as a whole.
 
@@ -271,40 +308,39 @@ def _partitions(
     """
     by_key: dict[str, dict[date, int]] = defaultdict(dict)
     for part in history.partitions:
-        if part.day <= today:
-            days = by_key[part.partition_key]
-            days[part.day] = days.get(part.day, 0) + part.committed_units
+        if part.day in spent:
+            mine = by_key[part.partition_key]
+            mine[part.day] = mine.get(part.day, 0) + part.committed_units
     found: list[tuple[str, Anomaly]] = []
-    short: list[tuple[date, str, int]] = []
-    for key, days in sorted(by_key.items()):
-        if len(days) < LEAST_ACTIVE:
-            short.append((min(days), key, sum(days.values())))
-        else:
-            found += [(key, anomaly) for anomaly in find_anomalies(days, today, grain_units)]
+    short: list[tuple[date, str]] = []
+    for key, mine in sorted(by_key.items()):
+        if len(mine) < LEAST_ACTIVE:
+            short.append((min(mine), key))
+            continue
+        others = {day: units - mine.get(day, 0) for day, units in spent.items()}
+        odd = find_unusual_days(mine, max(mine), history.grain_units, threshold, others)
+        found += [(key, anomaly) for anomaly in odd]
     peers: list[int] = []
-    for since, key, units in sorted(short):
-        usual = peers[-WINDOW_DAYS:]
-        if len(usual) >= LEAST_PEERS and far_above(units, usual, grain_units):
-            found.append((key, Anomaly(since, max(by_key[key]), units, int(median(usual)))))
+    for _, key in sorted(short):
+        units, usual = sum(by_key[key].values()), usual_of_peers(peers, history.grain_units)
+        is_odd = usual and usual.surprise(units, history.grain_units) > threshold
+        if usual and is_odd and units > max(peers[-WINDOW_DAYS:]):
+            each = {day: round(usual.units / len(by_key[key])) for day in by_key[key]}
+            found.append((key, Anomaly(units, each)))
         else:
             peers.append(units)
-    least_units = LEAST_EXCESS_UNITS
-    if sums := [day.committed_units for day in history.days if day.committed_units]:
-        least_units = max(least_units, int(LEAST_PARTITION_SHARE * median(sums)))
+    known = {day for anomaly in days for day in _all_days(anomaly)}
+    least_units = max(LEAST_EXCESS_UNITS, LEAST_PARTITION_SHARE * median(spent.values() or [0]))
     for key, anomaly in found:
-        is_known = any(
-            anomaly.since + timedelta(days=number) in unusual_days
-            for number in range((anomaly.until - anomaly.since).days + 1)
-        )
-        if anomaly.excess_units >= least_units and not is_known:
+        if anomaly.excess_units >= least_units and known.isdisjoint(_all_days(anomaly)):
             yield _partition(key, anomaly)
 
 
 def _partition(key: str, anomaly: Anomaly) -> SpendWarning:
     return SpendWarning(
         WarningKind.PARTITION_OUT_OF_HABIT,
-        f"Partition {key} cost {credits_words(anomaly.units)} {_on(anomaly.since, anomaly.until)}; "
-        f"{credits_words(anomaly.expected_units)} are usual.",
+        f"Partition {key} cost {credits_words(anomaly.units)} {_on_days(anomaly)}; "
+        f"{credits_words(anomaly.usual_units)} are usual.",
         anomaly.since,
         anomaly.until,
         "Check that its rows are intended; a budget for partitions would stop it.",
@@ -457,3 +493,16 @@ def _on(since: date, until: date) -> str:
     if since == until:
         return f"on {day_words(since)}"
     return f"from {day_words(since)} to {day_words(until)}"
+
+
+def _on_days(anomaly: Anomaly) -> str:
+    """Return the days in words; with their number where there are usual ones between them."""
+    number = len(anomaly.usual)
+    span = (anomaly.until - anomaly.since).days + 1
+    of = f"on {number} days " if number < span else ""
+    return f"{of}{_on(anomaly.since, anomaly.until)}"
+
+
+def _all_days(anomaly: Anomaly) -> Iterator[date]:
+    for number in range((anomaly.until - anomaly.since).days + 1):
+        yield anomaly.since + timedelta(days=number)
