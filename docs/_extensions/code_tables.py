@@ -38,7 +38,8 @@ def settings() -> Table:
     rows = []
     for name, field in Settings.model_fields.items():
         variable = variable_of(field)
-        default = f"`{field.default}`" if field.default not in (None, "", [], {}) else ""
+        value = ",".join(field.default) if isinstance(field.default, list) else field.default
+        default = f"`{value}`" if value not in (None, "", {}) else ""
         rows.append((f"`{name}`", f"`{variable}`" if variable else "", default, _text(field)))
     return ("setting", "variable", "default", "meaning"), rows
 

@@ -24,6 +24,7 @@ from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import parse_cap
 from krea_dagster.prompts import Plan, PlannedImage, PromptTable
+from krea_dagster.spend.prices import CreditPrices
 
 if TYPE_CHECKING:
     from krea_dagster.api import KreaClient
@@ -207,6 +208,10 @@ class Backend:
     def soft_budgets(self) -> list[Budget]:
         """Return the budgets that only warn. Raises ConfigError for a malformed one."""
         return list(map(Budget.parse, self.settings.soft_budgets))
+
+    def credit_prices(self) -> CreditPrices:
+        """Return what a credit costs, by day. Raises ConfigError for a malformed price."""
+        return CreditPrices.parse(self.settings.credit_prices)
 
     def budget_columns(self) -> list[str]:
         """Return the columns whose values have a budget. Raises ConfigError."""

@@ -85,8 +85,6 @@ class Krea(Backend):
         table: PromptTable | None = None,
         partitions: Sequence[str] = (),
         options: BuyOptions | None = None,
-        *,
-        credits_per_usd: float | None = None,
     ) -> Quoted:
         """Quote what ``run`` would buy now, and at most for how much. Buys nothing.
 
@@ -94,7 +92,6 @@ class Krea(Backend):
             table: The prompt table.
             partitions: Keys; all that a run would take by default.
             options: Their ``limit`` or ``sample``: a trial of some rows.
-            credits_per_usd: Credits that one US dollar buys.
 
         Raises:
             ConfigError: for an unknown partition or a wrong setting.
@@ -102,14 +99,12 @@ class Krea(Backend):
             JournalError: if the journal cannot be read.
         """
         from krea_dagster.application.quotes import quote_partitions
-        from krea_dagster.engine.budget import CREDITS_PER_USD
 
         return quote_partitions(
             self,
             table or self.table(),
             partitions,
             trial=None if options is None else options.trial(),
-            credits_per_usd=credits_per_usd or CREDITS_PER_USD,
         )
 
     def generate(

@@ -17,7 +17,7 @@ from krea_dagster.application.batch import Batch, has_begun
 from krea_dagster.application.plan_state import PlanState
 from krea_dagster.application.pruning import pruned_note, pruned_rows
 from krea_dagster.digests import Mask, first_of_each
-from krea_dagster.engine.budget import CREDITS_PER_USD, Caps, Commitment
+from krea_dagster.engine.budget import Caps, Commitment
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.record import Record
 from krea_dagster.errors import ConfigError
@@ -57,7 +57,6 @@ def quote_partitions(
     partitions: Sequence[str] = (),
     *,
     trial: Trial | None = None,
-    credits_per_usd: float = CREDITS_PER_USD,
 ) -> Quoted:
     """Quote these partitions of the table, or all that a run would take; or a trial of them.
 
@@ -74,7 +73,7 @@ def quote_partitions(
         raise ConfigError(f"unknown partition {unknown[0]!r}; the partitions are {shown or 'none'}")
     chosen = [key for key in in_table if key in (partitions or known)]
     with Batch.read(table, chosen, backend, look=True, trial=trial) as batch:
-        quoted = quote_images(backend, batch.state(backend), credits_per_usd=credits_per_usd)
+        quoted = quote_images(backend, batch.state(backend))
         waiting = [key for key in in_table if key not in known]
         pruned = pruned_rows(backend, batch.plan.all_digests)
         notes = [*batch.notes, *([pruned_note(pruned)] if pruned else [])]
@@ -86,7 +85,6 @@ def quote_images(
     state: PlanState,
     *,
     retry_errors: Iterable[str] = (),
-    credits_per_usd: float = CREDITS_PER_USD,
 ) -> Quote:
     """Quote these images. Creates no journal. Raises as ``quote_partitions``."""
     now = datetime.now(timezone.utc)
@@ -105,7 +103,7 @@ def quote_images(
             holds=backend.open_storage().holds,
             caps=caps,
             committed=(lambda _: Commitment()) if journal is None else journal.commitment,
-            credits_per_usd=credits_per_usd,
+            credit_price=backend.credit_prices().on(now.date()),
             table_id=state.table_id,
         )
 

@@ -23,6 +23,7 @@ from krea_dagster.engine.budget import Budget
 from krea_dagster.errors import ConfigError
 from krea_dagster.file_systems import parse_options
 from krea_dagster.models import MOST_CREDITS, credits_from_units, parse_cap, parse_whole_number
+from krea_dagster.spend.prices import PUBLISHED, CreditPrices
 from krea_dagster.spend.warnings.anomaly import THRESHOLD
 
 #: The emulator's default API key.
@@ -143,6 +144,13 @@ class SharedSettings(BaseModel):
         metavar="N",
         ge=1,
         le=100,
+    )
+    credit_prices: list[str] = _setting(
+        [str(PUBLISHED)],
+        "What a credit costs: the credits that one unit of a currency buys, from a day on, such as "
+        "68/USD,2026-10-01=60/EUR. A purchase has the price of its day.",
+        variable="KREA_CREDIT_PRICES",
+        metavar="[DAY=]CREDITS/CURRENCY,…",
     )
     spend_by: list[str] = _setting(
         [],
@@ -330,8 +338,8 @@ def _read(text: str, field: FieldInfo, name: str) -> Any:
             return _number(text, field, variable)
         case "run_credits" | "day_credits":
             return credits_from_units(parse_cap(text, variable))
-        case "budgets" | "soft_budgets":
-            return _budgets(text, variable)
+        case "budgets" | "soft_budgets" | "credit_prices":
+            return _checked(text, variable, name)
         case "prompt_columns" | "spend_by" | "spend_tags":
             return _names(text)
         case "storage_options" | "prompts_options":
@@ -381,11 +389,14 @@ def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _budgets(text: str, variable: str) -> list[str]:
-    budgets = _names(text)
-    for budget in budgets:
-        try:
-            Budget.parse(budget)
-        except ConfigError as error:
-            raise ConfigError(f"{variable}: {error}") from None
-    return budgets
+def _checked(text: str, variable: str, name: str) -> list[str]:
+    """Return a list of budgets, or of prices, that can be parsed."""
+    given = _names(text)
+    try:
+        if name == "credit_prices":
+            CreditPrices.parse(given)
+        else:
+            list(map(Budget.parse, given))
+    except ConfigError as error:
+        raise ConfigError(f"{variable}: {error}") from None
+    return given

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timezone
-from fractions import Fraction
 from zoneinfo import ZoneInfo
 
 import pyarrow as pa
@@ -15,11 +14,11 @@ import pyarrow as pa
 from krea_dagster import redact
 from krea_dagster.application.backend import Backend
 from krea_dagster.application.spend_warnings import recent_warnings
-from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.file_systems import Options
-from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA, exact_rate
+from krea_dagster.spend.prices import CreditPrices
+from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
 from krea_dagster.spend.tables.query import (
     MADE,
     EntrySums,
@@ -74,19 +73,25 @@ class SpendPeriod:
 class Spend:
     """Sums by columns in a period, its account entries, all budgets with their use, warnings.
 
-    ``rate`` is how many credits one US dollar buys. ``from_today`` counts, for columns of the
+    ``prices`` are those of a credit. ``from_today`` counts, for columns of the
     prompt table, the purchases that were not written with them: they count as today's table says.
     """
 
     by: tuple[str, ...]
     lines: Sequence[SpendLine]
     period: SpendPeriod
-    rate: Fraction
+    prices: CreditPrices
     where: str
     budgets: Sequence[BudgetLine] = ()
     entries: EntrySums = field(default_factory=EntrySums)
     warnings: Sequence[SpendWarning] = ()
     from_today: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def currencies(self) -> list[str]:
+        """The currencies of the prices and of the lines."""
+        named = [price.currency for _, price in self.prices.steps]
+        return sorted({*named, *(name for line in self.lines for name in line.costs())})
 
 
 def spend_of(
@@ -118,12 +123,11 @@ def spend_of(
     if budgets is None:  # the days of a budget are UTC, as for the caps
         with closing(open_tables(storage, manifest=needs_manifest)) as duck:
             budgets = budget_lines(duck, caps, soft, now)
-    rate, _ = as_kept(storage)
     return Spend(
         names,
         lines,
         period,
-        exact_rate(rate),
+        backend.credit_prices(),
         redact.location(storage.locate("")),
         budgets,
         entered,
@@ -174,7 +178,6 @@ def answer_of(
 def update_tables(
     backend: Backend,
     *,
-    credits_per_usd: float = CREDITS_PER_USD,
     by: Sequence[str] = (),
     rebuild: bool = False,
 ) -> SpendUpdate:
@@ -185,7 +188,7 @@ def update_tables(
     backend.check_root()
     with backend.open_journal() as journal:
         return update_spend(
-            journal, storage, credits_per_usd=credits_per_usd, by=by, rebuild=rebuild
+            journal, storage, prices=backend.credit_prices(), by=by, rebuild=rebuild
         )
 
 
@@ -199,17 +202,14 @@ def _opened(
 ) -> DuckDB:
     """Bring the tables up to date, as they are kept apart, and open the views."""
     storage = backend.open_storage()
-    rate, by = as_kept(storage)
-    update_tables(backend, credits_per_usd=rate, by=by)
+    update_tables(backend, by=kept_columns(storage))
     return open_tables(storage, prompts, prompts_options, manifest=manifest, zone=zone)
 
 
-def as_kept(storage: Storage) -> tuple[float, tuple[str, ...]]:
-    """Return the rate of the tables on file, and the columns that they keep apart."""
+def kept_columns(storage: Storage) -> tuple[str, ...]:
+    """Return the columns that the tables on file keep apart."""
     known = SpendState.read(storage)
-    if known is None:
-        return CREDITS_PER_USD, ()
-    return float(Fraction(known.credits_per_usd)), known.by
+    return () if known is None else known.by
 
 
 def _days_of(month: str) -> tuple[date, date]:

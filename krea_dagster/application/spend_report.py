@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from krea_dagster.application.backend import Backend
-from krea_dagster.application.spend import SpendPeriod, as_kept, update_tables
+from krea_dagster.application.spend import SpendPeriod, kept_columns, update_tables
 from krea_dagster.spend.proof.verify import account_proof
 from krea_dagster.spend.report.report import write_report
 from krea_dagster.spend.tables.query import prompt_texts, stored_tables
@@ -26,8 +26,8 @@ def report_of(
     """Write the HTML report, and return its warnings. Raises ConfigError or JournalError."""
     period = period or SpendPeriod(zone=backend.settings.timezone)
     storage = backend.open_storage()
-    rate, own = as_kept(storage)
-    update_tables(backend, credits_per_usd=rate, by=own)
+    own = kept_columns(storage)
+    update_tables(backend, by=own)
     with backend.open_journal() as journal:
         account = account_proof(journal)
         acknowledgements = journal.acknowledgements.current()
@@ -35,7 +35,7 @@ def report_of(
         stored_tables(storage),
         path,
         now=now or datetime.now(timezone.utc),
-        rate=rate,
+        prices=backend.credit_prices(),
         caps=hard_budgets(backend.caps()),
         by=by or own,
         account=account,

@@ -67,6 +67,11 @@ def buying_options(command: _Command) -> _Command:
     return _with_options(command, (*PROJECT, *BUYING))
 
 
+def prices_option(command: _Command) -> _Command:
+    """Add the option of what a credit costs."""
+    return _with_options(command, ("credit_prices",))
+
+
 def _with_options(command: _Command, names: tuple[str, ...]) -> _Command:
     @functools.wraps(command)
     def with_settings(*args: Any, **values: Any) -> Any:
@@ -82,7 +87,7 @@ def _with_options(command: _Command, names: tuple[str, ...]) -> _Command:
     decorated: Any = with_settings
     for name in reversed(names):
         field = Settings.model_fields[name]
-        default = field.default
+        default = ",".join(field.default) if isinstance(field.default, list) else field.default
         shown = f"  [default: {default}]" if default not in (None, "", []) else ""
         decorated = click.option(
             _NAMES.get(name, f"--{name.replace('_', '-')}"),

@@ -15,10 +15,10 @@ from krea_dagster.cli.options import (
     json_option,
     open_krea,
     partition_option,
+    prices_option,
     trial_options,
 )
 from krea_dagster.cli.terminal import out, printable, show_json
-from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.models import credits_from_units, credits_text
 
 if TYPE_CHECKING:
@@ -48,17 +48,10 @@ _ALWAYS: Final = frozenset({"asked", "reused", "to_buy"})
 @partition_option
 @trial_options
 @click.option("--by-partition", is_flag=True, help="List every partition, even if there are many.")
-@click.option(
-    "--credits-per-usd",
-    type=click.FloatRange(min=0, min_open=True, max=1e9),
-    default=CREDITS_PER_USD,
-    show_default=True,
-    help="Credits that one US dollar buys.",
-)
+@prices_option
 @json_option
 def quote_command(
     partitions: Sequence[str],
-    credits_per_usd: float,
     *,
     limit: int | None,
     sample: int | None,
@@ -74,7 +67,7 @@ def quote_command(
     from krea_dagster.application.buy_options import BuyOptions
 
     options = BuyOptions(limit=limit, sample=sample)
-    quoted = krea.quote(partitions=partitions, options=options, credits_per_usd=credits_per_usd)
+    quoted = krea.quote(partitions=partitions, options=options)
     if as_json:
         show_json(quote_figures(quoted))
     else:
@@ -93,7 +86,8 @@ def show_quote(quoted: Quoted, *, by_partition: bool) -> None:
         if not price.published:
             source = "the highest that the journal has seen"
         out.print(f"price of {quality}: {credits_text(price.units)} credits ({source})")
-    out.print(f"USD at {quote.credits_per_usd:g} credits per USD")
+    credit = quote.credit_price
+    out.print(f"1 {credit.currency} is {credit.credits.normalize():f} credits")
     if quoted.trial is not None:
         out.print(trial_line(quoted.trial))
     for note in quoted.notes:
@@ -125,15 +119,17 @@ def _quote_table(quote: Quote, lines: Sequence[QuoteLine], *, names: bool) -> Ta
     for name in counts:
         table.add_column(_QUOTE_COUNTS[name], str(getattr(total, name)), justify="right")
     table.add_column("credits", credits_text(total.units), justify="right")
-    decimals = 2 if quote.usd(total.units) >= 1 else 4
-    table.add_column("USD", f"{quote.usd(total.units):.{decimals}f}", justify="right")
+    decimals = 2 if quote.cost(total.units) >= 1 else 4
+    table.add_column(
+        quote.credit_price.currency, f"{quote.cost(total.units):.{decimals}f}", justify="right"
+    )
     for line in lines:
         table.add_row(
             *([escape(printable(line.partition_key))] if names else []),
             line.quality,
             *(str(getattr(line, name)) for name in counts),
             credits_text(line.units),
-            f"{quote.usd(line.units):.{decimals}f}",
+            f"{quote.cost(line.units):.{decimals}f}",
         )
     return table
 
@@ -148,7 +144,7 @@ def quote_figures(quoted: Quoted) -> dict[str, Any]:
             quality: {"credits": credits_from_units(price.units), "published": price.published}
             for quality, price in quote.prices.items()
         },
-        "credits_per_usd": quote.credits_per_usd,
+        "credit_price": str(quote.credit_price),
         "cap": quote.cap,
         "waiting": list(quoted.waiting),
         "trial": trial_figures(quoted.trial),
@@ -170,7 +166,7 @@ def _line_figures(quote: Quote, line: QuoteLine) -> dict[str, Any]:
         **{name: getattr(line, name) for name in _QUOTE_COUNTS if name != "asked"},
         "purchases": line.purchases,
         "credits": credits_from_units(line.units),
-        "usd": round(quote.usd(line.units), 4),
+        quote.credit_price.currency.lower(): round(quote.cost(line.units), 4),
         "deferred": line.deferred,
         "credits_deferred": credits_from_units(line.deferred_units),
         "at_stake": line.at_stake,

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,10 +16,16 @@ from click.core import ParameterSource
 from rich.markup import escape
 from rich.table import Table
 
-from krea_dagster.cli.options import json_option, login_name, open_krea, project_options
+from krea_dagster.cli.options import (
+    json_option,
+    login_name,
+    open_krea,
+    prices_option,
+    project_options,
+)
 from krea_dagster.cli.terminal import out, printable, show_json
 from krea_dagster.models import UNITS_PER_CREDIT, credits_text
-from krea_dagster.spend.text import dollars_of, rough, unique_names
+from krea_dagster.spend.text import rough, rounded, unique_names
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,6 +58,7 @@ _DAY: Final = click.DateTime(["%Y-%m-%d"])
 
 @click.group("spend", invoke_without_command=True)
 @project_options
+@prices_option
 @click.option(
     "--by",
     multiple=True,
@@ -187,7 +195,7 @@ def show_warnings(warnings: Sequence[SpendWarning]) -> None:
 
 def _spend_table(shown: Spend) -> tuple[Table, list[str]]:
     """Return the sums without empty columns, and the columns for which there is no room."""
-    lines, rate = shown.lines, shown.rate
+    lines = shown.lines
     figures: dict[str, list[str]] = {
         "asked": [str(line.purchases) for line in lines],
         "images": [str(line.delivered) for line in lines],
@@ -198,7 +206,10 @@ def _spend_table(shown: Spend) -> tuple[Table, list[str]]:
         "credits": [credits_text(line.charged_units) for line in lines],
         "refunded": [credits_text(line.refunded_units) for line in lines],
         "net": [credits_text(line.net_units) for line in lines],
-        "USD": [f"{dollars_of(line.charged_units, rate, 2)}" for line in lines],
+        **{
+            name: [f"{rounded(line.costs().get(name, Fraction(0)), 2)}" for line in lines]
+            for name in shown.currencies
+        },
         "at stake": [credits_text(line.at_stake_units) for line in lines],
         "each": [_quotient(line.each_units) or "–" for line in lines],
         "per accepted": [_quotient(line.per_accepted_units) or "–" for line in lines],
@@ -215,7 +226,8 @@ def _spend_table(shown: Spend) -> tuple[Table, list[str]]:
     # A long value is folded, a short one is not.
     widths = [min(_width(*one), 16) for one in zip(shown.by, keys, strict=True)]
     room = out.width - sum(widths) - 2 * len(widths)
-    less = [name for name in _LESS if name in figures]
+    less: list[str] = [name for name in _LESS if name in figures]
+    less[:0] = [name for name in shown.currencies if len(shown.currencies) > 1]
     left_out: list[str] = []
     while less and sum(_width(*one) + 2 for one in figures.items()) - 2 > room:
         left_out.append(less.pop(0))
@@ -256,7 +268,7 @@ def show_spend(shown: Spend) -> None:
     show_warnings(shown.warnings[:_MOST_WARNINGS])
     if (more := len(shown.warnings) - _MOST_WARNINGS) > 0:
         out.print(f"and {more} more warnings: see --json")
-    out.print(f"USD at {float(shown.rate):g} credits per USD; days are {shown.period.zone}")
+    out.print(f"{shown.prices.words}; days are {shown.period.zone}")
     out.print(f"tables     {escape(shown.where)}/spend")
 
 
@@ -298,7 +310,7 @@ def spend_figures(shown: Spend) -> dict[str, Any]:
         "since": None if period.since is None else period.since.isoformat(),
         "until": None if period.until is None else period.until.isoformat(),
         "timezone": period.zone,
-        "credits_per_usd": float(shown.rate),
+        "credit_prices": str(shown.prices).split(", "),
         "from_today": dict(shown.from_today),
         "lines": [_row(shown, line) for line in shown.lines],
         "entries": {
@@ -350,7 +362,13 @@ def _row(shown: Spend, line: SpendLine) -> dict[str, Any]:
     figures = {
         **{name: getattr(line, name) for name in _COUNTS},
         **{name: _exact(getattr(line, units)) for name, units in _CREDITS.items()},
-        "usd_charged": dollars_of(line.charged_units, shown.rate, 6),
+        **{
+            f"{name.lower()}_{kind}": rounded(
+                line.costs(net=kind == "net").get(name, Fraction(0)), 6
+            )
+            for name in shown.currencies
+            for kind in ("charged", "net")
+        },
         "each": None if line.each_units is None else Decimal(_quotient(line.each_units)),
         "per_accepted": None
         if line.per_accepted_units is None

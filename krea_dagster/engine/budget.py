@@ -22,9 +22,6 @@ from krea_dagster.models import credits_from_units, parse_cap
 #: Published prices, in units: 0.45 credits for 1K and 1.8 for 2K, per call.
 PUBLISHED_UNITS: Final[Mapping[str, int]] = MappingProxyType({"1K": 4_500, "2K": 18_000})
 
-#: Published: 68 credits cost one US dollar.
-CREDITS_PER_USD: Final = 68.0
-
 #: The kinds of budgets. Every purchase counts for a scope of each kind except ``column``.
 KINDS: Final = ("run", "day", "month", "partition", "column")
 

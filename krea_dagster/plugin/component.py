@@ -12,7 +12,6 @@ from pydantic import Field
 from krea_dagster.application.curation import Curation
 from krea_dagster.application.settings import Settings
 from krea_dagster.curation.measures.custom import Measure
-from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.checks import CheckFactory
 from krea_dagster.plugin.component_sections import (
@@ -216,11 +215,6 @@ class KreaImages(dg.Component, YamlSection):
         default=None,
         description="Asset checks of image_manifest; by default the cheap ones.",
     )
-    credits_per_usd: float = Field(
-        default=CREDITS_PER_USD,
-        gt=0,
-        description="Exchange rate of dollars in the spend tables.",
-    )
     spend_by: list[str] = Field(
         default=[],
         description="Further columns of the table that the daily spend is grouped by.",
@@ -306,7 +300,6 @@ class KreaImages(dg.Component, YamlSection):
             ),
             pool=self.pool,
             checks=self.build_checks(),
-            credits_per_usd=self.credits_per_usd,
             spend_by=self.spend_by,
             soft_budgets=self.soft_budgets,
             spend_schedule=self.spend_schedule,

@@ -9,7 +9,7 @@ import dagster as dg
 
 from krea_dagster.application.curation import Curation
 from krea_dagster.application.kept_table import FOLDER
-from krea_dagster.engine.budget import CREDITS_PER_USD, Budget
+from krea_dagster.engine.budget import Budget
 from krea_dagster.errors import ConfigError
 from krea_dagster.file_systems import same_kind
 from krea_dagster.plugin.assets.curation import build_curation
@@ -56,7 +56,6 @@ def build_krea_definitions(
     deps: Sequence[CoercibleToAssetDep] = (),
     pool: str | None = POOL,
     checks: Sequence[CheckFactory] | None = None,
-    credits_per_usd: float = CREDITS_PER_USD,
     spend_by: Sequence[str] = (),
     soft_budgets: Sequence[str] = (),
     spend_schedule: str | None = None,
@@ -108,7 +107,6 @@ def build_krea_definitions(
         pool: Limits how many steps of ``images`` run at the same time, across runs.
         checks: Factories of the checks of ``image_manifest``, such as ``build_files_check`` or a
             ``functools.partial`` of it; by default those that cost little.
-        credits_per_usd: Exchange rate of the dollars in the spend tables.
         spend_by: Further columns of the prompt table that the daily sums are grouped by.
         soft_budgets: Budgets, written as in ``KreaResource.budgets``, that stop nothing: the
             checks of ``spend_daily`` warn before they are used up and afterwards.
@@ -217,7 +215,6 @@ def build_krea_definitions(
             build_spend(
                 names,
                 [names.manifest_key],
-                credits_per_usd=credits_per_usd,
                 by=spend_by,
                 budgets=soft_budgets,
                 schedule=spend_schedule,

@@ -5,7 +5,6 @@ from typing import Any, Final
 
 import dagster as dg
 
-from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.assets.salvage import SalvagedTable, build_salvage
 from krea_dagster.plugin.assets.spend import build_spend
@@ -28,7 +27,6 @@ _SHARED: Final = frozenset(
         "spend",
         "salvage",
         "executor",
-        "credits_per_usd",
         "spend_by",
         "soft_budgets",
         "spend_schedule",
@@ -44,7 +42,6 @@ def build_krea_tables(
     io_manager_key: str = "krea_manifest",
     spend: bool = True,
     salvage: bool = True,
-    credits_per_usd: float = CREDITS_PER_USD,
     spend_by: Sequence[str] = (),
     soft_budgets: Sequence[str] = (),
     spend_schedule: str | None = None,
@@ -64,7 +61,6 @@ def build_krea_tables(
         io_manager_key: Key of the manifests' IO manager.
         spend: Build the spend tables, with their checks and the proof.
         salvage: Build the salvage.
-        credits_per_usd: Exchange rate of the dollars in the spend tables.
         spend_by: Further columns of the prompt tables that the daily sums are grouped by.
         soft_budgets: Budgets that warn and stop nothing.
         spend_schedule: When the job ``krea_spend`` runs, as a cron expression.
@@ -116,7 +112,6 @@ def build_krea_tables(
             build_spend(
                 names,
                 keys,
-                credits_per_usd=credits_per_usd,
                 by=spend_by,
                 budgets=soft_budgets,
                 schedule=spend_schedule,

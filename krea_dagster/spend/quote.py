@@ -14,7 +14,6 @@ from enum import Enum
 from typing import Any, Final
 
 from krea_dagster.engine.budget import (
-    CREDITS_PER_USD,
     Caps,
     Commitment,
     admit,
@@ -35,7 +34,7 @@ from krea_dagster.engine.policy import (
 )
 from krea_dagster.engine.record import Record, StoredImage
 from krea_dagster.engine.states import State
-from krea_dagster.models import credits_from_units
+from krea_dagster.spend.prices import PUBLISHED, CreditPrice
 
 #: No cap: everything may be bought.
 _NO_CAPS: Final = Caps()
@@ -120,7 +119,7 @@ class Quote:
 
     lines: tuple[QuoteLine, ...]
     prices: Mapping[str, Price]
-    credits_per_usd: float = CREDITS_PER_USD
+    credit_price: CreditPrice = PUBLISHED.steps[0][1]
     cap: str | None = None
 
     @property
@@ -143,9 +142,9 @@ class Quote:
             sums[key] = sums.get(key, QuoteLine(key, "")) + line
         return sums
 
-    def usd(self, units: int) -> float:
-        """Return units in US dollars."""
-        return credits_from_units(units) / self.credits_per_usd
+    def cost(self, units: int) -> float:
+        """Return units in the currency of the price of a credit."""
+        return float(self.credit_price.cost(units))
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ def quote(
     holds: Callable[[StoredImage], bool],
     caps: Caps = _NO_CAPS,
     committed: Callable[[str], Commitment] = lambda _: Commitment(),
-    credits_per_usd: float = CREDITS_PER_USD,
+    credit_price: CreditPrice = PUBLISHED.steps[0][1],
     table_id: str = "",
 ) -> Quote:
     """Return what a run over these images would do now, and its cost at most.
@@ -206,7 +205,7 @@ def quote(
             quality: Price(expected_units(quality, prices), not prices.get(quality))
             for quality in dict.fromkeys(quality for _, quality in lines)
         },
-        credits_per_usd=credits_per_usd,
+        credit_price=credit_price,
         cap=budget.reached,
     )
 

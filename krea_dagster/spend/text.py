@@ -38,9 +38,8 @@ def day_words(day: date) -> str:
     return f"{day.day} {day:%b %Y}"
 
 
-def dollars_of(units: int, rate: Fraction, places: int) -> Decimal:
-    """Return units in US dollars at ``rate`` credits per dollar, rounded once."""
-    exact = Fraction(units, UNITS_PER_CREDIT) / rate
+def rounded(exact: Fraction, places: int) -> Decimal:
+    """Return an exact amount, rounded once."""
     digits = Context(prec=80)
     quotient = digits.divide(Decimal(exact.numerator), Decimal(exact.denominator))
     return quotient.quantize(Decimal(1).scaleb(-places), ROUND_HALF_UP, digits)

@@ -148,7 +148,8 @@ def tables_of(ledger: pa.Table) -> SpendTables:
     """The tables that belong to a ledger: ``daily`` by the measures, failures by plain SQL."""
     for field in LEDGER_SCHEMA:
         if field.name not in ledger.column_names:
-            one = pa.scalar(1, pa.int32()) if field.name == "rows" else pa.scalar(None, field.type)
+            value = {"rows": 1, "credit_price": "68/USD"}.get(field.name)
+            one = pa.scalar(value, field.type)
             ledger = ledger.append_column(field, pa.repeat(one, ledger.num_rows))
     with closing(open_views({"month": ledger})) as database:
         daily = daily_table(database, ["campaign"])

@@ -19,6 +19,7 @@ from krea_dagster.engine.record import Record, StoredImage
 from krea_dagster.engine.states import State
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import ImageRequest
+from krea_dagster.spend.prices import CreditPrice
 from krea_dagster.spend.quote import (
     ExpectedOutcome,
     ImageGroup,
@@ -52,7 +53,7 @@ def test_before_the_first_run_all_is_to_buy_at_the_published_price(project: Proj
     assert (total.asked, total.to_buy, total.purchases) == (6, 6, 5)
     assert total.units == 4 * ONE_K + TWO_K
     assert said.prices == {"1K": Price(ONE_K, True), "2K": Price(TWO_K, True)}
-    assert said.usd(total.units) == pytest.approx(3.6 / 68)
+    assert said.cost(total.units) == pytest.approx(3.6 / 68)
     project.buy()
     assert project.paid_units() == total.units
 
@@ -317,8 +318,8 @@ def test_a_group_of_images_is_quoted_like_its_images_one_by_one(
     assert said(together) == said(alone)
 
 
-def test_usd_follows_the_rate() -> None:
+def test_the_cost_follows_the_price_of_a_credit() -> None:
     line = QuoteLine("p", "1K", asked=1, to_buy=1, purchases=1, units=ONE_K)
-    said = Quote((line,), {"1K": Price(ONE_K, True)}, credits_per_usd=45.0)
-    assert said.usd(said.total.units) == pytest.approx(0.01)
-    assert replace(said, credits_per_usd=68.0).usd(68 * 10_000) == 1.0
+    said = Quote((line,), {"1K": Price(ONE_K, True)}, credit_price=CreditPrice.parse("45/EUR"))
+    assert said.cost(said.total.units) == pytest.approx(0.01)
+    assert replace(said, credit_price=CreditPrice.parse("68/USD")).cost(68 * 10_000) == 1.0

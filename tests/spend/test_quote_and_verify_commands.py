@@ -10,9 +10,7 @@ import dagster as dg
 import pytest
 
 from krea_dagster import build_krea_definitions, cli
-from krea_dagster.cli.quote import quote_command
 from krea_dagster.emulator import Emulator
-from krea_dagster.engine.budget import CREDITS_PER_USD
 from tests.dagster_bench import QUIET, OpenAccount, latest, run_job, values
 from tests.spend.project_harness import ProjectHarness
 
@@ -145,11 +143,11 @@ def test_quote_prints_a_table_and_makes_nothing(
     assert ["total", "4", "0", "4", "3.15", "0.0463"] in lines
     assert "price of 1K: 0.45 credits (published; this account has not paid for one yet)" in out
 
-    code, out, _ = shell.run("quote", "--json", "--credits-per-usd", "45")
+    code, out, _ = shell.run("quote", "--json", "--credit-prices", "68/USD,2026-01-01=45/EUR")
     figures = json.loads(out)
     assert code == 0
     assert figures["total"]["to_buy"] == 4
-    assert figures["total"]["usd"] == 0.07
+    assert figures["total"]["eur"] == 0.07
     sums = [(line["asked"], line["credits"]) for line in figures["partitions"]]
     assert sum(asked for asked, _ in sums) == 4
     assert sum(credit for _, credit in sums) == pytest.approx(3.15)
@@ -159,11 +157,6 @@ def test_quote_prints_a_table_and_makes_nothing(
     assert "unknown partition 'bucket-002'" in err
     assert not (project.folder / "krea").exists()
     assert project.emulator.stats(tasks=False)["requests"] == before
-
-
-def test_the_commands_rate_is_the_published_one() -> None:
-    (rate,) = [one for one in quote_command.params if one.name == "credits_per_usd"]
-    assert rate.default == CREDITS_PER_USD
 
 
 def test_quote_shows_totals_where_the_partitions_are_many(

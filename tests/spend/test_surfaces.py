@@ -16,17 +16,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from krea_dagster import cli
-from krea_dagster.application.spend import SpendPeriod, spend_of
+from krea_dagster.application.settings import Settings
+from krea_dagster.application.spend import SpendPeriod, spend_of, update_tables
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.assets.spend import spend_metadata
+from krea_dagster.spend.prices import CreditPrice, CreditPrices
 from krea_dagster.spend.report.report_data import figures_of
 from krea_dagster.spend.tables.query import stored_tables
-from krea_dagster.spend.text import dollars_of, unique_names
+from krea_dagster.spend.text import rounded, unique_names
 from tests.spend.project_harness import ProjectHarness
 
 Shell = Callable[..., str]
@@ -88,11 +90,12 @@ def test_terminal_json_csv_sql_report_asset_and_proof_say_the_same_money(
 
 @given(
     st.lists(st.integers(0, 10**13), min_size=1, max_size=300),
-    st.sampled_from([Fraction(68), Fraction(135, 2), Fraction(60), Fraction(1)]),
+    st.sampled_from(["68/USD", "67.5/EUR", "60/USD", "1/USD"]),
 )
-def test_the_sum_of_rounded_dollars_is_the_rounded_sum(units: list[int], rate: Fraction) -> None:
-    each = sum((dollars_of(one, rate, 16) for one in units), Decimal(0))
-    assert abs(Fraction(each) - Fraction(sum(units), 10_000) / rate) < Fraction(1, 10**12)
+def test_the_sum_of_rounded_costs_is_the_rounded_sum(units: list[int], text: str) -> None:
+    price = CreditPrice.parse(text)
+    each = sum((rounded(price.cost(one), 16) for one in units), Decimal(0))
+    assert abs(Fraction(each) - price.cost(sum(units))) < Fraction(1, 10**12)
 
 
 @pytest.mark.parametrize(
@@ -207,3 +210,125 @@ def test_a_price_that_cannot_be_is_kept_in_every_sum(
     bought_project.sql("UPDATE submissions SET charged_units = 10000000000000000")
     lines = json.loads(shell("--json", "--by", "quality"), parse_float=Decimal)["lines"]
     assert lines[0]["credits_charged"] == 4 * 10**12
+
+
+def test_a_purchase_costs_what_a_credit_cost_on_its_day_and_currencies_are_not_added_up(
+    bought_project: ProjectHarness, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days = [
+        datetime(2026, 9, 30, 23, 59, tzinfo=timezone.utc),
+        datetime(2026, 10, 1, tzinfo=timezone.utc),
+    ]
+    for number, at in enumerate([*days, *days]):
+        bought_project.sql(
+            "UPDATE submissions SET sent_at = ? WHERE rowid = "
+            "(SELECT rowid FROM submissions ORDER BY rowid LIMIT 1 OFFSET ?)",
+            *(int(at.timestamp()) * 1_000_000, number),
+        )
+    monkeypatch.setenv("KREA_CREDIT_PRICES", "68/USD,2026-10-01=60/EUR")
+    by_month = json.loads(shell("--json", "--by", "month"), parse_float=Decimal)["lines"]
+    assert [(one["month"], one["usd_charged"], one["eur_charged"]) for one in by_month] == [
+        ("2026-09", Decimal("0.013235"), 0), ("2026-10", 0, Decimal("0.015")),
+    ]  # fmt: skip
+    september = bought_project.folder / "krea" / "spend" / "ledger" / "2026-09.parquet"
+    before = september.read_bytes(), september.stat().st_mtime_ns
+    monkeypatch.setenv("KREA_CREDIT_PRICES", "68/USD,2026-10-01=60/EUR,2026-10-02=55/EUR")
+    assert "1 USD is 68 credits, from 2026-10-01 1 EUR is 60 credits" in shell()
+    monkeypatch.setenv("KREA_CREDIT_PRICES", "68/USD,2026-10-01=50/EUR")
+    query = "SELECT currency, sum(cost) AS cost, sum(usd_charged) AS usd FROM ledger GROUP BY ALL"
+    rows = json.loads(shell("--sql", f"{query} ORDER BY 1", "--json"))
+    assert [(row["currency"], Decimal(row["cost"])) for row in rows] == [
+        ("EUR", Decimal("0.018")), ("USD", Decimal("0.0132352941176470")),
+    ]  # fmt: skip
+    assert rows[0]["usd"] is None, "dollars are dollars"
+    assert (september.read_bytes(), september.stat().st_mtime_ns) == before
+    page = bought_project.folder / "report.html"
+    shell("--html", str(page))
+    assert "0.02 EUR, 0.01 USD" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("68", "'68' is not a price"),
+        ("0/USD", "'0/USD' is not a price"),
+        ("68/usd", "'68/usd' is not a price"),
+        ("2026-13-01=68/USD", "is not a price"),
+        ("68/USD,60/EUR", "'60/EUR' needs a day later than those before it"),
+        ("2026-10-01=68/USD,2026-09-01=60/EUR", "needs a day later"),
+    ],
+)
+def test_a_price_that_cannot_be_parsed_is_named(
+    monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"KREA_CREDIT_PRICES: .*{said}"):
+        Settings.from_environment({"KREA_CREDIT_PRICES": text})
+
+
+_STEPS = st.lists(
+    st.tuples(
+        st.integers(1, 70),
+        st.sampled_from(["68", "67.5", "60", "7"]),
+        st.sampled_from(["USD", "EUR"]),
+    ),
+    max_size=3,
+    unique_by=lambda step: step[0],
+)
+
+
+@given(
+    steps=_STEPS,
+    bought=st.lists(st.tuples(st.integers(0, 75), st.integers(0, 10**9)), min_size=4, max_size=4),
+    refunds=st.lists(st.tuples(st.integers(0, 75), st.integers(1, 9_000)), max_size=3),
+)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_surface_has_the_same_credits_and_money_at_dated_prices(
+    shared_project: ProjectHarness,
+    steps: list[tuple[int, str, str]],
+    bought: list[tuple[int, int]],
+    refunds: list[tuple[int, int]],
+) -> None:
+    """The lines, by day and in all, the view ledger and the report, against plain fractions."""
+    start = datetime(2026, 8, 1, 12, tzinfo=timezone.utc)
+    texts = ["68/USD"] + [
+        f"{(start + timedelta(days=day)).date()}={credits}/{currency}"
+        for day, credits, currency in sorted(steps)
+    ]
+    prices = CreditPrices.parse(texts)
+    expected: dict[str, list[Fraction]] = {}
+    for number, (day, units) in enumerate(bought):
+        at = start + timedelta(days=day)
+        shared_project.sql(
+            "UPDATE submissions SET sent_at = ?, charged_units = ? WHERE rowid = "
+            "(SELECT rowid FROM submissions ORDER BY rowid LIMIT 1 OFFSET ?)",
+            *(int(at.timestamp()) * 1_000_000, units, number),
+        )
+        price = prices.on(at.date())
+        both = expected.setdefault(price.currency, [Fraction(0), Fraction(0)])
+        both[0] += price.cost(units)
+        both[1] += price.cost(units)
+    krea = shared_project.with_settings(credit_prices=texts).krea
+    entered = krea.account_entries()
+    for number, (day, units) in enumerate(refunds):
+        on = (start + timedelta(days=day)).date()
+        row = {"on": on.isoformat(), "credits": f"{Decimal(units) / 10_000:f}", "note": "drawn"}
+        krea.add_account_entry(kind="refund", id=f"p{len(entered)}-{number}", **row)
+    for one in krea.account_entries():
+        price = prices.on(one.day)
+        both = expected.setdefault(price.currency, [Fraction(0), Fraction(0)])
+        both[1] -= price.cost(one.units)
+    update_tables(krea, rebuild=True)
+    total = krea.spend().lines[-1]
+    assert total.costs() == {name: both[0] for name, both in expected.items()}
+    assert total.costs(net=True) == {name: both[1] for name, both in expected.items()}
+    by_day: dict[str, Fraction] = {}
+    for line in krea.spend(["day"]).lines:
+        for name, cost in line.costs(net=True).items():
+            by_day[name] = by_day.get(name, Fraction(0)) + cost
+    assert by_day == total.costs(net=True)
+    query = "SELECT currency, sum(cost) AS cost FROM ledger GROUP BY ALL"
+    for row in krea.spend_sql(query).to_pylist():
+        assert abs(Fraction(row["cost"]) - expected[row["currency"]][0]) < Fraction(1, 10**12)
+    tables = stored_tables(Storage(str(shared_project.folder / "krea")))
+    figures = figures_of(tables, now=start + timedelta(days=100))
+    assert figures.total.costs() == total.costs()

@@ -11,7 +11,6 @@ import pyarrow as pa
 from pydantic import Field
 
 from krea_dagster.application.spend import update_tables
-from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.models import credits_from_units
@@ -42,7 +41,6 @@ def build_spend(
     names: Names,
     manifests: Sequence[dg.AssetKey],
     *,
-    credits_per_usd: float = CREDITS_PER_USD,
     by: Sequence[str] = (),
     budgets: Sequence[str] = (),
     schedule: str | None = None,
@@ -70,9 +68,7 @@ def build_spend(
 
         krea = krea_of(context, names.resource_key)
         with step_log(context.log, "reading the journal"), as_failure():
-            updated = update_tables(
-                krea, credits_per_usd=credits_per_usd, by=by, rebuild=config.rebuild
-            )
+            updated = update_tables(krea, by=by, rebuild=config.rebuild)
             storage = krea.open_storage()
             figures = spend_metadata(storage, datetime.now(timezone.utc))
             with closing(open_tables(storage, manifest=False)) as duck:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import ROUND_HALF_UP, Decimal
+from fractions import Fraction
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -20,10 +21,10 @@ from zoneinfo import ZoneInfo
 import jinja2
 from markupsafe import Markup
 
-from krea_dagster.engine.budget import CREDITS_PER_USD, Budget
+from krea_dagster.engine.budget import Budget
 from krea_dagster.engine.storage.page import write_page
-from krea_dagster.errors import ConfigError
-from krea_dagster.models import UNITS_PER_CREDIT, Acknowledgement, units_from_credits
+from krea_dagster.models import UNITS_PER_CREDIT, Acknowledgement
+from krea_dagster.spend.prices import PUBLISHED, CreditPrices
 from krea_dagster.spend.proof.account import AccountProof
 from krea_dagster.spend.report.charts import (
     BudgetMark,
@@ -33,8 +34,9 @@ from krea_dagster.spend.report.charts import (
     month_chart,
 )
 from krea_dagster.spend.report.report_data import Period, ReportFigures, figures_of
+from krea_dagster.spend.tables.query import SpendLine
 from krea_dagster.spend.tables.views import SpendTables
-from krea_dagster.spend.text import CENT_UNITS, amount, credits_words, day_words, rough
+from krea_dagster.spend.text import CENT_UNITS, amount, credits_words, day_words, rough, rounded
 from krea_dagster.spend.warnings.anomaly import THRESHOLD
 from krea_dagster.spend.warnings.budgets import BudgetLine, budget_lines
 from krea_dagster.spend.warnings.forecast import Forecast, forecast_usual
@@ -66,7 +68,7 @@ def write_report(
     path: str | Path | BinaryIO,
     *,
     now: datetime,
-    rate: float = CREDITS_PER_USD,
+    prices: CreditPrices = PUBLISHED,
     caps: Sequence[Budget] = (),
     by: Sequence[str] = (),
     account: AccountProof | None = None,
@@ -82,7 +84,7 @@ def write_report(
     """Write the report to a file, atomically, or to an open binary one; return its warnings.
 
     Args:
-        rate: Credits per US dollar.
+        prices: What a credit costs, for the words that say it.
         caps: The hard budgets to compare with, of which those of a day and a month are drawn.
         by: Columns to add up by.
         prompts: Returns the texts of prompt_ids, where known.
@@ -92,11 +94,9 @@ def write_report(
         since: First day, in the time zone ``zone``, as is ``until``, the last one.
 
     Raises:
-        ConfigError: for an unknown column or time zone, or an impossible rate.
+        ConfigError: for an unknown column or time zone.
         StorageError: where the file cannot be written.
     """
-    if not rate > 0:
-        raise ConfigError(f"the rate must be credits per US dollar, more than 0, not {rate:g}")
     figures = figures_of(
         tables, by=by, prompts=prompts, now=now, since=since, until=until, zone=zone
     )
@@ -118,7 +118,7 @@ def write_report(
         figures,
         warnings,
         now=now,
-        rate=rate,
+        prices=prices,
         caps=caps,
         title=title,
         zone=zone,
@@ -137,7 +137,7 @@ def render(
     warnings: Sequence[SpendWarning],
     *,
     now: datetime,
-    rate: float,
+    prices: CreditPrices,
     caps: Sequence[Budget],
     title: str,
     zone: str = "UTC",
@@ -168,9 +168,9 @@ def render(
             today=today,
             zone=zone,
             budgets=budgets,
-            rate=rate,
+            prices=prices,
             money=lambda units: _money(units, places),
-            usd=lambda units: _usd(units, rate),
+            costs=_costs,
             plain=amount,
             rough=rough,
             period_words=_period_words,
@@ -265,10 +265,10 @@ def _money(units: float | None, places: int) -> Markup:
     return Markup('<data value="{}">{}</data>').format(exact, amount(units, places))
 
 
-def _usd(units: int, rate: float) -> str:
-    """Return a sum in dollars, rounded to the cent."""
-    dollars = Decimal(units) / units_from_credits(rate)
-    return f"${dollars.quantize(Decimal('0.01'), ROUND_HALF_UP):,}"
+def _costs(line: SpendLine) -> str:
+    """Return a charge in each currency, rounded to the cent."""
+    costs = line.costs() or {"USD": Fraction(0)}
+    return ", ".join(f"{rounded(cost, 2):,} {name}" for name, cost in sorted(costs.items()))
 
 
 def _share(units: int, most: int) -> str:

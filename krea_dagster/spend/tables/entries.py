@@ -15,6 +15,7 @@ from sqlalchemy import Connection
 from krea_dagster.engine.journal.entry_log import counted_kinds, read_entries
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.models import UNITS_PER_CREDIT
+from krea_dagster.spend.prices import CreditPrices
 from krea_dagster.spend.tables.ledger import write_table
 from krea_dagster.spend.tables.measures import CHANGES_CHARGE, CREDITS
 from krea_dagster.spend.tables.sql import quoted
@@ -32,6 +33,7 @@ _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     ("reference", pa.string(), "Reference of the document, such as an invoice's number"),
     ("note", pa.string(), "Note of the person who entered it"),
     ("idempotency_key", pa.string(), "Purchase that it belongs to; or null"),
+    ("credit_price", pa.string(), "Price of a credit on its day, as in the ledger"),
     ("reverses", pa.string(), "Entry that it reverses; or null"),
     ("entered_at", pa.timestamp("us", tz="UTC"), "When it was entered, UTC"),
 )
@@ -42,7 +44,7 @@ ENTRIES_SCHEMA: Final = pa.schema([pa.field(name, kind) for name, kind, _ in _CO
 ENTRIES_DESCRIPTIONS: Final = {name: text for name, _, text in _COLUMNS}
 
 
-def write_entries(storage: Storage, connection: Connection) -> None:
+def write_entries(storage: Storage, connection: Connection, prices: CreditPrices) -> None:
     """Write the journal's entries to their file, unless there are none."""
     entries = read_entries(connection)
     if not entries and storage.size_bytes(ENTRIES_NAME) is None:
@@ -52,6 +54,7 @@ def write_entries(storage: Storage, connection: Connection) -> None:
         {
             **vars(one),
             "counts_as": kinds[one.entry_id],
+            "credit_price": str(prices.on(one.day)),
             "credits": _decimal(one.units),
             "paid": None if one.paid_units is None else _decimal(one.paid_units),
         }
@@ -82,7 +85,8 @@ def charges_sql(*, has_refunds: bool) -> str:
         SELECT *, CAST(0 AS DECIMAL(18, 4)) AS credits_refunded FROM ledger
         UNION ALL BY NAME
         SELECT entries.day, entries.idempotency_key, {of_purchase},
-            entries.credits AS credits_refunded
+            entries.credits AS credits_refunded,
+            coalesce(ledger.credit_price, entries.credit_price) AS credit_price
         FROM entries LEFT JOIN ledger USING (idempotency_key)
         WHERE {CHANGES_CHARGE}
     """

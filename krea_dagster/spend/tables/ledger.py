@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from decimal import Decimal
-from fractions import Fraction
 from typing import BinaryIO, Final
 
 import duckdb
@@ -14,9 +12,10 @@ import pyarrow.parquet as pq
 from krea_dagster.engine.policy import REJECTED
 from krea_dagster.engine.states import State
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.spend.tables.measures import CREDITS, USD
+from krea_dagster.spend.prices import CreditPrice, CreditPrices
+from krea_dagster.spend.tables.measures import CREDITS, MONEY
 from krea_dagster.spend.tables.sql import at_purchase, quoted, units_of
-from krea_dagster.spend.text import dollars_of
+from krea_dagster.spend.text import rounded
 
 _TIME: Final = pa.timestamp("us", tz="UTC")
 
@@ -59,7 +58,10 @@ _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     ("credits_charged", CREDITS, "Its cost, credits; null while not known"),
     ("credits_returned", CREDITS, "Reserved and not charged, credits; null while not settled"),
     ("credits_unknown", CREDITS, "Committed and not settled, credits; 0 where settled"),
-    ("usd_charged", USD, "Its cost, US dollars, at the rate of the table"),
+    ("credit_price", pa.string(), "Credits per unit of a currency on its day, such as 68/USD"),
+    ("currency", pa.string(), "That currency"),
+    ("cost", MONEY, "Its cost in that currency; null while not known"),
+    ("usd_charged", MONEY, "Its cost, US dollars; null in another currency"),
     ("billing_rule", pa.string(), "EvoLink's billing rule"),
     ("user_group", pa.string(), "EvoLink's user group"),
     ("error_code", pa.string(), "Error code of a purchase without an image"),
@@ -175,22 +177,42 @@ def _credits(units: str) -> str:
     return f"CAST({units} AS DECIMAL(18, 0)) * CAST('0.0001' AS DECIMAL(4, 4))"
 
 
-def month_table(duck: duckdb.DuckDBPyConnection, rate: Fraction) -> Iterator[pa.Table]:
+def month_table(duck: duckdb.DuckDBPyConnection, prices: CreditPrices) -> Iterator[pa.Table]:
     """Yield the rows of ``month`` in the ledger's schema, in the order of sending.
 
-    ``rate`` is credits per US dollar.
+    ``prices`` are those of a credit, by UTC day.
     """
-    # What each charge that occurs is in dollars; there are few of them.
-    found = duck.sql("SELECT DISTINCT credits_charged FROM month WHERE credits_charged IS NOT NULL")
-    charges = [row[0] for row in found.fetchall()]
-    dollars = [dollars_of(units_of(one), rate, USD.scale) for one in charges]
-    table = pa.table({"credits_charged": pa.array(charges, CREDITS), "usd": pa.array(dollars, USD)})
-    duck.execute("DROP TABLE IF EXISTS dollars")
-    duck.from_arrow(table).create("dollars")
-    names = ", ".join(LEDGER_SCHEMA.names).replace("usd_charged", "usd AS usd_charged")
+    # What each charge that occurs costs at each price; there are few of them.
+    duck.execute(
+        f"CREATE OR REPLACE TEMP VIEW priced AS SELECT *, {prices.sql('day')} AS credit_price "
+        "FROM month"
+    )
+    found = duck.sql(
+        "SELECT DISTINCT credits_charged, credit_price FROM priced "
+        "WHERE credits_charged IS NOT NULL"
+    ).fetchall()
+    parsed = [CreditPrice.parse(text) for _, text in found]
+    costs = [
+        rounded(price.cost(units_of(row[0])), MONEY.scale)
+        for row, price in zip(found, parsed, strict=True)
+    ]
+    table = pa.table(
+        {
+            "credits_charged": pa.array([row[0] for row in found], CREDITS),
+            "credit_price": pa.array([row[1] for row in found], pa.string()),
+            "cost": pa.array(costs, MONEY),
+        }
+    )
+    duck.execute("DROP TABLE IF EXISTS costs")
+    duck.from_arrow(table).create("costs")
+    made = {
+        "currency": "split_part(credit_price, '/', 2)",
+        "usd_charged": "if(credit_price LIKE '%/USD', cost, NULL)",
+    }
+    names = [f"{made[name]} AS {name}" if name in made else name for name in LEDGER_SCHEMA.names]
     rows = duck.sql(
-        f"SELECT {names} FROM month LEFT JOIN dollars USING (credits_charged) "
-        "ORDER BY sent_at, idempotency_key"
+        f"SELECT {', '.join(names)} FROM priced LEFT JOIN costs USING (credits_charged, "
+        "credit_price) ORDER BY sent_at, idempotency_key"
     )
     for part in in_groups(pa.RecordBatchReader.from_stream(rows)):
         yield part.cast(LEDGER_SCHEMA)
@@ -223,8 +245,3 @@ def write_table(storage: Storage, name: str, schema: pa.Schema, parts: Iterator[
                 writer.write_table(part, row_group_size=_ROW_GROUP)
 
     storage.write(name, write)
-
-
-def exact_rate(credits_per_usd: float) -> Fraction:
-    """Return the number that a rate's shortest decimal text says."""
-    return Fraction(Decimal(str(credits_per_usd)))

@@ -17,11 +17,11 @@ import pyarrow as pa
 from krea_dagster.engine.journal.entry_log import CORRECTION, PROMOTION, REFUND, TOP_UP
 from krea_dagster.engine.verdict import FLAG, REJECT
 
-#: The type of a credit amount, of a sum of them, and of dollars in the ledger. Dollars have
+#: The type of a credit amount, of a sum of them, and of money in the ledger. Money has
 #: places enough that the sum of many rounded rows is the rounded sum.
 CREDITS: Final = pa.decimal128(18, 4)
 SUM_OF_CREDITS: Final = pa.decimal128(38, 4)
-USD: Final = pa.decimal128(38, 16)
+MONEY: Final = pa.decimal128(38, 16)
 
 _COUNT: Final = pa.int64()
 _QUOTIENT: Final = pa.float64()

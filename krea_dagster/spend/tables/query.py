@@ -22,6 +22,7 @@ from krea_dagster.errors import ConfigError, KreaError
 from krea_dagster.file_systems import Options, open_for_arrow, open_url
 from krea_dagster.manifest import MANIFEST_SCHEMA, present_manifests
 from krea_dagster.parquet_files import open_parquet
+from krea_dagster.spend.prices import CreditPrice
 from krea_dagster.spend.tables.daily import DAILY_SCHEMA, FAILURES_SCHEMA
 from krea_dagster.spend.tables.entries import ENTRIES_NAME, ENTRIES_SCHEMA
 from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
@@ -47,6 +48,7 @@ class SpendLine:
     """One line of sums: the values that they are grouped by, and measures, with money in units.
 
     The measures are those of ``measures.py``; ``open_units`` are its ``credits_unknown``.
+    ``by_price`` are the units charged and refunded at each price of a credit.
     """
 
     of: tuple[str | None, ...] = ()
@@ -69,10 +71,16 @@ class SpendLine:
     at_stake_units: int = 0
     committed_units: int = 0
     saved_units: int = 0
+    by_price: tuple[tuple[str, int, int], ...] = field(default=(), kw_only=True)
 
-    def usd(self, rate: Fraction) -> Fraction:
-        """Return the charge in US dollars, at ``rate`` credits per dollar."""
-        return Fraction(self.charged_units, 10_000) / rate
+    def costs(self, *, net: bool = False) -> dict[str, Fraction]:
+        """Return the charge in each currency, exactly; with ``net`` without what was refunded."""
+        found: dict[str, Fraction] = {}
+        for text, charged, refunded in self.by_price:
+            price = CreditPrice.parse(text)
+            cost = price.cost(charged - (refunded if net else 0))
+            found[price.currency] = found.get(price.currency, Fraction(0)) + cost
+        return found
 
     @property
     def each_units(self) -> float | None:
@@ -87,17 +95,22 @@ class SpendLine:
     def plus(self, other: SpendLine) -> Self:
         """Return the sums of both, under the values of this one."""
         return replace(
-            self, **{name: getattr(self, name) + getattr(other, name) for name in FIGURES}
+            self,
+            by_price=(*self.by_price, *other.by_price),
+            **{name: getattr(self, name) + getattr(other, name) for name in FIGURES},
         )
 
 
 #: The names of the measures of a line, in their order, and the measures.
-FIGURES: Final = tuple(field.name for field in fields(SpendLine))[1:]
+FIGURES: Final = tuple(one.name for one in fields(SpendLine))[1:-1]
 _MEASURES: Final = {"open_units": "credits_unknown", "saved_units": "credits_saved_by_reuse"}
-_SUMS: Final = selected(
+_NAMES: Final = tuple(
     _MEASURES.get(name, f"credits_{name[:-6]}" if name.endswith("_units") else name)
     for name in FIGURES
 )
+#: The sums at each price, and those of them. Every figure of a line can be added up.
+_SUMS: Final = selected(_NAMES)
+_TOTALS: Final = ", ".join(f"coalesce(sum({name}), 0)" for name in _NAMES)
 
 
 def stored_tables(storage: Storage, *, manifest: bool = True) -> SpendTables:
@@ -173,14 +186,21 @@ def sums(
     only the lines with the highest commitment, the highest first. Raises ConfigError.
     """
     source, names = _grouping(duck, by)
-    keys = "".join(f"CAST({name} AS VARCHAR) AS key_{at}, " for at, name in enumerate(names))
+    inner = "".join(f"CAST({name} AS VARCHAR) AS key_{at}, " for at, name in enumerate(names))
+    keys = "".join(f"key_{at}, " for at in range(len(by)))
     order = ", ".join(f"key_{at}" for at in range(len(by)))
     grouped = f"GROUP BY {order} ORDER BY {order}" if by else ""
     if by and most is not None:
-        grouped = f"GROUP BY {order} ORDER BY credits_committed DESC, {order} LIMIT {most}"
+        grouped = f"GROUP BY {order} ORDER BY sum(credits_committed) DESC, {order} LIMIT {most}"
     low, high = since or date(1970, 1, 1), until or date(9999, 12, 31)
     found = duck.execute(
-        f"SELECT {keys}{_SUMS} FROM {source} WHERE day BETWEEN ? AND ? AND ({where}) {grouped}",
+        f"""
+        SELECT {keys}{_TOTALS}, list((credit_price, credits_charged, credits_refunded))
+        FROM (
+            SELECT {inner}credit_price, {_SUMS} FROM {source}
+            WHERE day BETWEEN ? AND ? AND ({where}) GROUP BY ALL
+        ) {grouped}
+        """,
         [low, high],
     ).fetchall()
     return [_line(row, len(by)) for row in found]
@@ -216,9 +236,14 @@ def entry_sums(duck: DuckDB, since: date | None = None, until: date | None = Non
 def _line(row: Sequence[Any], keys: int) -> SpendLine:
     figures = (
         units_of(value) if name.endswith("_units") else int(value)
-        for name, value in zip(FIGURES, row[keys:], strict=True)
+        for name, value in zip(FIGURES, row[keys:-1], strict=True)
     )
-    return SpendLine(tuple(row[:keys]), *figures)
+    by_price = (
+        (price, units_of(charged), units_of(refunded))
+        for price, charged, refunded in row[-1] or ()
+        if price is not None
+    )
+    return SpendLine(tuple(row[:keys]), *figures, by_price=tuple(sorted(by_price)))
 
 
 def _grouping(duck: DuckDB, by: Sequence[str]) -> tuple[str, list[str]]:

@@ -11,7 +11,7 @@ from krea_dagster.engine.journal.purchase_reads import PurchaseTotals
 from krea_dagster.engine.storage.storage import Storage
 
 #: Raised with every change of the files' content: then all of them are made again.
-FORMAT: Final = 5
+FORMAT: Final = 6
 
 STATE_NAME: Final = "spend/state.json"
 
@@ -33,7 +33,7 @@ class SpendState:
     """
 
     journal_id: str
-    credits_per_usd: str
+    credit_prices: str
     by: tuple[str, ...] = ()
     taken_until_us: int = 0
     months: Mapping[str, PurchaseTotals] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class SpendState:
                 return None
             return cls(
                 state["journal_id"],
-                state["credits_per_usd"],
+                state["credit_prices"],
                 tuple(state["by"]),
                 int(state["taken_until_us"]),
                 {month: PurchaseTotals(**totals) for month, totals in state["months"].items()},

@@ -21,7 +21,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from fractions import Fraction
 from pathlib import Path
 from typing import Final
 
@@ -30,7 +29,6 @@ import numpy as np
 import pyarrow as pa
 from sqlalchemy import Connection, select
 
-from krea_dagster.engine.budget import CREDITS_PER_USD
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.purchase_reads import (
     PURCHASE_SCHEMA,
@@ -48,6 +46,7 @@ from krea_dagster.engine.journal.purchase_reads import (
 from krea_dagster.engine.journal.schema import about, microseconds
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.parquet_files import open_parquet
+from krea_dagster.spend.prices import PUBLISHED, CreditPrices
 from krea_dagster.spend.tables.daily import (
     FAILURES_SCHEMA,
     daily_schema,
@@ -59,7 +58,6 @@ from krea_dagster.spend.tables.ledger import (
     IS_REPLACED,
     LEDGER_SCHEMA,
     attributed,
-    exact_rate,
     make_month,
     month_table,
     write_table,
@@ -88,34 +86,34 @@ def update_spend(
     journal: Journal,
     storage: Storage,
     *,
-    credits_per_usd: float = CREDITS_PER_USD,
+    prices: CreditPrices = PUBLISHED,
     by: Sequence[str] = (),
     rebuild: bool = False,
     now: datetime | None = None,
 ) -> SpendUpdate:
     """Bring ledger, daily sums and failures up to the journal and the manifests.
 
-    ``by`` names columns of the prompt table to group the daily sums by. With another rate, other
-    columns or another journal all months are made again, as with ``rebuild``. Needs no network.
+    ``by`` names columns of the prompt table to group the daily sums by. With other columns or
+    another journal all months are made again, as with ``rebuild``; with other ``prices`` of a
+    credit the months whose prices differ. Needs no network.
     Raises JournalError, and ConfigError for a column that does not exist.
     """
     daily_schema(by)  # refuses a name that is taken
-    rate = exact_rate(credits_per_usd)
     now_us = microseconds(now or datetime.now(timezone.utc))
     known = None if rebuild else SpendState.read(storage)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="krea-spend-")))
         connection = stack.enter_context(journal.snapshot()).connection
-        if known and (done := _nothing_new(known, connection, storage, (str(rate), tuple(by)))):
+        if known and (done := _nothing_new(known, connection, storage, (str(prices), tuple(by)))):
             return done
         before = _mark(connection, storage, "manifest")
         duck = stack.enter_context(closing(open_duck(folder)))
         journal_id = str(connection.execute(select(about.c.journal_id)).scalar())
-        state = SpendState(journal_id, str(rate), tuple(by))
-        settings = (state.journal_id, state.credits_per_usd, state.by)
+        state = SpendState(journal_id, str(prices), tuple(by))
+        settings = (state.journal_id, state.by)
         totals = totals_by_month(connection)
         changed: set[str] = set()
-        if known and (known.journal_id, known.credits_per_usd, known.by) == settings:
+        if known and (known.journal_id, known.by) == settings:
             state = known
             since_us = known.taken_until_us - MARGIN_US
             if events_since(connection, since_us) != known.recent:
@@ -125,6 +123,8 @@ def update_spend(
         for name, rows in load_attribution(connection).items():
             duck.from_arrow(rows).create(name)
         stale = {month for month in totals if _is_stale(storage, state, month, totals[month])}
+        then = CreditPrices.parse(state.credit_prices.split(", "))
+        stale |= {month for month in totals if then.of_month(month) != prices.of_month(month)}
         touched = (changed & totals.keys()) | stale
         labels = _labels(duck, storage, sorted(totals.keys() - touched), by)
         touched |= {month for month, label in labels.items() if label != state.labels.get(month)}
@@ -135,14 +135,15 @@ def update_spend(
             duck.register("raw", spool.reader(month))
             make_month(duck, "raw", by)
             duck.unregister("raw")
-            labels[month] = _write_month(duck, storage, month, by, rate)
+            labels[month] = _write_month(duck, storage, month, by, prices)
         removed = _remove_others(storage, totals.keys())
-        write_entries(storage, connection)
+        write_entries(storage, connection, prices)
         # An event from a clock that is ahead must not hide later ones.
         taken_until_us = min(newest_event(connection), now_us)
         marks = [before, _mark(connection, storage, *_FOLDERS)]
         state = replace(
             state,
+            credit_prices=str(prices),
             mark=_joined(marks),
             taken_until_us=taken_until_us,
             months=dict(sorted(totals.items())),
@@ -170,7 +171,7 @@ def _nothing_new(
     No file and no purchase is read for it.
     """
     journal_id = str(connection.execute(select(about.c.journal_id)).scalar())
-    if (known.journal_id, known.credits_per_usd, known.by) != (journal_id, *settings):
+    if (known.journal_id, known.credit_prices, known.by) != (journal_id, *settings):
         return None
     if events_since(connection, known.taken_until_us - MARGIN_US) != known.recent:
         return None
@@ -267,11 +268,11 @@ def _write_month(
     storage: Storage,
     month: str,
     by: Sequence[str],
-    rate: Fraction,
+    prices: CreditPrices,
 ) -> str:
     """Write the files of the table ``month``; return its label."""
     parts = {
-        "ledger": (LEDGER_SCHEMA, month_table(duck, rate)),
+        "ledger": (LEDGER_SCHEMA, month_table(duck, prices)),
         "daily": (daily_schema(by), iter([daily_table(duck, by)])),
         "failures": (FAILURES_SCHEMA, iter([failures_table(duck)])),
     }

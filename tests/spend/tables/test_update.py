@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.errors import ConfigError
+from krea_dagster.spend.prices import CreditPrices
 from krea_dagster.spend.tables.daily import DAILY_SCHEMA, FAILURES_SCHEMA, daily_schema
 from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
 from krea_dagster.spend.tables.measures import SUM_OF_CREDITS
@@ -312,14 +313,15 @@ def test_a_purchase_that_moves_to_another_month_leaves_no_row_behind(tmp_path: P
     assert {day.year for day in read(year, "daily")["day"].to_pylist()} <= {2027, 2028}
 
 
-def test_missing_files_another_rate_or_other_columns_make_the_months_again(tmp_path: Path) -> None:
+def test_missing_files_other_prices_or_columns_make_their_months_again(tmp_path: Path) -> None:
     year = SimulatedYear(tmp_path, 300)
     year.write()
     update(year)
     (tmp_path / "spend" / "daily" / "2026-03.parquet").unlink()
     assert "2026-03" in update(year).months
-    assert len(update(year, credits_per_usd=100.0).months) == 12
-    assert len(update(year, credits_per_usd=100.0, by=["campaign"]).months) == 12
+    prices = CreditPrices.parse(["68/USD", "2026-10-15=60/EUR"])
+    assert update(year, prices=prices).months == ("2026-10", "2026-11", "2026-12")
+    assert len(update(year, prices=prices, by=["campaign"]).months) == 12
     (tmp_path / "spend" / "state.json").write_text("{")
     assert len(update(year).months) == 12
     with pytest.raises(ConfigError, match="no column 'hue'"):
