@@ -63,7 +63,7 @@ class Cell:
         began_s, cpu_s = time.monotonic(), cpu_of_children_s()
         self._install(venv, wheel)
         output = self._test(folder, venv) + self._demo(folder, venv)
-        passed = re.findall(r"^(?:=+ )?(\d+ .* in .*s\b.*?)(?: =+)?$", output, flags=re.MULTILINE)
+        passed = re.findall(r"^(\d+ (?:passed|failed).* in [\d.]+s.*)$", output, flags=re.MULTILINE)
         demo = re.findall(r"^demo: .*$", output, flags=re.MULTILINE)
         ended = "\nexit code " not in output
         ok = (
