@@ -112,6 +112,7 @@ def write_report(
     )
     found = find_warnings(history, now, threshold)
     warnings = [one for one in found if since is None or one.until >= since]
+    today = now.astimezone(timezone.utc).date()
     with closing(tables.open()) as duck:
         budgets = budget_lines(duck, caps, soft, now)
     page = render(
@@ -123,7 +124,7 @@ def write_report(
         title=title,
         zone=zone,
         budgets=budgets,
-        grain_units=history.grain_units,
+        forecast=forecast_usual(history.spent(today), today, history.grain_units),
     ).encode()
     if isinstance(path, (str, Path)):
         write_page(Path(path), page, "the report")
@@ -142,15 +143,11 @@ def render(
     title: str,
     zone: str = "UTC",
     budgets: Sequence[BudgetLine] = (),
-    grain_units: int,
+    forecast: Forecast | None,
 ) -> str:
-    """Return the page with these figures, warnings and budgets.
-
-    ``grain_units`` is the highest price of one purchase.
-    """
+    """Return the page with these figures, warnings, budgets and forecast."""
     today = figures.today
     places = 4 if _needs_four(figures) else 2
-    forecast = _forecast(figures, today, grain_units)
     return (
         _templates()
         .get_template("report.html.j2")
@@ -233,15 +230,6 @@ def _labels(warnings: Sequence[SpendWarning], by_day: Mapping[date, int]) -> lis
         DayLabel(day, f"{day.day} {day:%b}: {amount(by_day[day])}")
         for day in (warning.since for warning in unusual[:_LABELS])
     ]
-
-
-def _forecast(figures: ReportFigures, today: date, grain_units: int) -> Forecast | None:
-    spent = {
-        period.start: period.line.committed_units
-        for period in figures.days
-        if period.start <= today
-    }
-    return forecast_usual(spent, today, grain_units)
 
 
 def _needs_four(figures: ReportFigures) -> bool:

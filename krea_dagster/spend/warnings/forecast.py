@@ -1,18 +1,33 @@
-"""The forecast of a month's spend, and its interval. Pure."""
+"""The forecast of a month's spend: the one forecast of all surfaces. Pure.
+
+The interval comes from a backtest: how far the same method was wrong on each day of the last half
+year of this account, over as many days as are left of the month.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date, timedelta
-from math import sqrt
+from math import exp, sqrt
 from typing import Final
 
-from krea_dagster.spend.warnings.anomaly import find_unusual_days
+import numpy as np
+import numpy.typing as npt
 
-FORECAST_DAYS: Final = 42
-FORECAST_LEAST_DAYS: Final = 14
-_T_90: Final = 1.7
+from krea_dagster.spend.warnings.anomaly import RECORD_DAYS, WINDOW_DAYS, find_unusual_days
+
+#: Days since the first purchase that a forecast needs.
+LEAST_DAYS: Final = 14
+#: The exponent of the last week's ratio to its usual spend: how much of the difference stays.
+_STAYS: Final = 0.3
+#: The standard deviation that is assumed of the errors; each error that was seen makes it count
+#: less.
+_ASSUMED: Final = 0.15
+#: Errors that do not overlap depend on each other too: this many say as much as one alone.
+_DEPENDENT: Final = 1.3
+
+_Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -29,56 +44,38 @@ class Forecast:
 
 
 def forecast_usual(spent: Mapping[date, int], today: date, grain_units: int) -> Forecast | None:
-    """Forecast the spend of the month from its usual days: the one forecast of all surfaces."""
-    unusual = find_unusual_days(spent, today, grain_units)
-    odd = {day for one in unusual if not one.is_settled for day in one.usual}
-    return forecast_month(spent, today, frozenset(odd))
-
-
-def forecast_month(
-    spent: Mapping[date, int], today: date, leave_out: frozenset[date] = frozenset()
-) -> Forecast | None:
     """Forecast the spend of the UTC month of ``today``; None with too few days.
 
-    It is the spend so far, and for each day left the mean of its weekday over the last six weeks,
-    without today and the days to leave out. The interval is from the deviations of those days from
-    their means: those of the days left, and those of the means themselves.
+    It is the spend so far, and for each day left the mean of its weekday over twelve weeks, with a
+    part of the last week's difference from them, and of the trend. Unusual days count as usual
+    ones; of today what it lacks of its mean is still expected.
     """
-    if not spent:
+    first = min(spent, default=today)
+    count = (today - first).days
+    if count < LEAST_DAYS:
         return None
-    first = max(min(spent), today - timedelta(days=FORECAST_DAYS))
-    learnt = [
-        day
-        for number in range((today - first).days)
-        if (day := first + timedelta(days=number)) not in leave_out
-    ]
-    if len(learnt) < FORECAST_LEAST_DAYS:
-        return None
-    by_weekday: dict[int, list[int]] = {}
-    for day in learnt:
-        by_weekday.setdefault(day.weekday(), []).append(spent.get(day, 0))
-    overall = sum(sum(values) for values in by_weekday.values()) / len(learnt)
-    means = {name: sum(values) / len(values) for name, values in by_weekday.items()}
-    squares = sum((spent.get(day, 0) - means[day.weekday()]) ** 2 for day in learnt)
-    variance = squares / max(1, len(learnt) - len(means))
-
-    start = today.replace(day=1)
-    so_far = sum(units for day, units in spent.items() if start <= day <= today)
-    left = [today + timedelta(days=number) for number in range(1, days_left(today) + 1)]
-    rest = sum(means.get(day.weekday(), overall) for day in left)
-    # For the rest of today, the difference to its mean; nothing where the mean is passed.
-    rest += max(0.0, means.get(today.weekday(), overall) - spent.get(today, 0))
-    days = [today, *left]
-    of_means = 0.0
-    for name, values in by_weekday.items():
-        count = sum(day.weekday() == name for day in days)
-        of_means += count**2 * variance / len(values)
-    reach = _T_90 * sqrt(len(days) * variance + of_means)
+    before = {day: units for day, units in spent.items() if day < today}
+    usual = dict(before)
+    for anomaly in find_unusual_days(before, today, grain_units):
+        usual |= {} if anomaly.is_settled else anomaly.usual
+    days = [first + timedelta(days=number) for number in range(count)]
+    units, real = (
+        np.array([spend.get(day, 0) for day in days], float) for spend in (usual, before)
+    )
+    weekday = first.weekday()
+    left = days_left(today)
+    # Many accounts pause at the end of the year, and the first time no earlier day says so.
+    certain = left if today.month < 12 else max(0, 23 - today.day)
+    expected, surely = (_expected(units, weekday, days)[-1] for days in (left, certain))
+    low, middle, high = _limits(units, real, weekday, max(left, 1), grain_units)
+    of_today = _expected(units, weekday, 1, skipped=0)[-1]
+    rest_of_today = max(0.0, of_today - spent.get(today, 0))
+    so_far = sum(units for day, units in spent.items() if today.replace(day=1) <= day <= today)
     return Forecast(
-        expected_units=so_far + round(rest),
-        low_units=so_far + max(0, round(rest - reach)),
-        high_units=so_far + round(rest + reach),
-        days=len(learnt),
+        expected_units=so_far + round(expected * middle + rest_of_today),
+        low_units=so_far + round(surely * low),
+        high_units=so_far + round(expected * high + rest_of_today * max(1.0, high)),
+        days=min(count, WINDOW_DAYS),
     )
 
 
@@ -86,3 +83,67 @@ def days_left(today: date) -> int:
     """Return the number of days of the month after today."""
     after = (today.replace(day=28) + timedelta(days=4)).replace(day=1)
     return (after - today).days - 1
+
+
+def _expected(units: _Array, weekday: int, days: int, skipped: int = 1) -> _Array:
+    """Return for each day what was to be expected then of the ``days`` after it.
+
+    ``weekday`` is that of the first day. The first ``skipped`` days after each are left out.
+    """
+    count = len(units)
+    of_day = (np.arange(count + skipped + days) + weekday) % 7 == np.arange(7)[:, None]
+    sums = np.cumsum(of_day[:, :count] * units, axis=1)
+    counts = np.cumsum(of_day, axis=1)
+    ahead = counts[:, skipped + days :] - counts[:, skipped : skipped + count]
+    seen = counts[:, :count].astype(float)
+    sums[:, WINDOW_DAYS:] -= sums[:, :-WINDOW_DAYS].copy()
+    seen[:, WINDOW_DAYS:] -= seen[:, :-WINDOW_DAYS].copy()
+    means = np.divide(sums, seen, out=np.zeros_like(sums), where=seen > 0)
+    week = np.convolve(units, np.ones(7))[:count]
+    usual = means.sum(axis=0)
+    level = np.divide(week, usual, out=np.ones(count), where=usual > 0).clip(0.2, 5) ** _STAYS
+    return np.asarray((means * ahead).sum(axis=0) * level)
+
+
+def _limits(
+    units: _Array, real: _Array, weekday: int, days: int, grain_units: int
+) -> tuple[float, float, float]:
+    """Return by what to multiply the expected spend of ``days``: low, middle and high.
+
+    ``real`` has the unusual days as they were: they may happen again.
+    """
+    expected = _expected(units, weekday, days)
+    total = np.cumsum(np.append(0.0, real))
+    actual = total[days + 2 :] - total[2:-days]  # of those that began at least days + 1 ago
+    last = units[-WINDOW_DAYS:]
+    # Where many days have no purchases, chance decides on days, not on single purchases.
+    grain = max(grain_units, np.mean(last == 0) * np.sum(last**2) / max(np.sum(last), 1))
+    errors = np.log((actual + grain) / (expected[: len(actual)] + grain))
+    errors = errors[max(LEAST_DAYS, len(errors) - RECORD_DAYS) :]
+    times = len(errors) / days  # those that do not overlap
+    trend = _trend(errors, times)
+    squares = np.sum((errors - trend) ** 2) / days
+    assumed = 1 / (1 + times)
+    chance = grain / max(expected[-1], grain)
+    variance = (squares + (_ASSUMED**2 + chance) * assumed) / (times + assumed)
+    reach = _student_95(max(times / _DEPENDENT, 2)) * sqrt(variance)
+    share = grain / max(expected[-1], 1)
+    low, middle, high = (
+        max(0.0, (1 + share) * exp(trend + step) - share) for step in (-reach, 0.0, reach)
+    )
+    return low, middle, high
+
+
+def _trend(errors: _Array, times: float) -> float:
+    """Return the mean error of a spend that grows or falls; less, the more it may be chance."""
+    if not len(errors) or not errors.any():
+        return 0.0
+    mean = float(errors.mean())
+    noise = float(errors.var()) / max(times, 0.5)
+    return mean * max(0.0, 1 - noise / mean**2) * times / (times + 4)
+
+
+def _student_95(freedom: float) -> float:
+    """Return the 95 % quantile of Student's t, by its expansion from that of the normal one."""
+    z = 1.645
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

@@ -109,6 +109,10 @@ class SpendHistory:
     account: AccountUse | None = None
     acknowledgements: Mapping[str, Acknowledgement] = field(default_factory=dict)
 
+    def spent(self, until: date) -> dict[date, int]:
+        """Return the committed units of each day up to the last one."""
+        return {day.day: day.committed_units for day in self.days if day.day <= until}
+
     @property
     def grain_units(self) -> int:
         """The highest price of one purchase; the highest published one where none was seen."""

@@ -137,7 +137,7 @@ def find_warnings(
     ``threshold`` is how many standard deviations unusual spend is from the usual one.
     """
     today = now.astimezone(timezone.utc).date()
-    spent = {day.day: day.committed_units for day in history.days if day.day <= today}
+    spent = history.spent(today)
     grain_units = history.grain_units
     days = find_unusual_days(spent, today, grain_units, threshold)
     stops = find_stops(spent, today, threshold)
