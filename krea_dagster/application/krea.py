@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from krea_dagster.application.buy_options import BuyOptions
+    from krea_dagster.application.close import Closing
     from krea_dagster.application.curation import Curated, Curation
     from krea_dagster.application.pruning import PrunedImages
     from krea_dagster.application.quotes import Quoted
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from krea_dagster.curation.export.spec import ExportSpec
     from krea_dagster.curation.gallery.filter import GalleryFilter
     from krea_dagster.curation.gallery.page import GallerySummary
+    from krea_dagster.engine.journal.closed_month_log import ClosedMonth
     from krea_dagster.engine.journal.entry_log import AccountEntry, EnteredRows
     from krea_dagster.engine.journal.prune import Pruned
     from krea_dagster.engine.record import Record
@@ -617,6 +619,40 @@ class Krea(Backend):
         from krea_dagster.application.account import import_entries
 
         return import_entries(self, path)
+
+    def close(self, month: str, *, folder: Path | None = None) -> Closing:
+        """Close a UTC month: write its statement (Parquet and HTML), which nothing changes.
+
+        A month that is closed keeps its statement, which is returned. What becomes known later is
+        an adjustment in the next statement.
+
+        Args:
+            month: The month, as ``YYYY-MM``.
+            folder: A folder that gets copies of the files, too.
+
+        Raises:
+            InputError: if the month has not ended, or earlier ones are open.
+            ConfigError: if an earlier statement is missing or was changed, or without a journal.
+            JournalError, StorageError: if it cannot be written.
+        """
+        from krea_dagster.application.close import close_month
+
+        return close_month(self, month, folder=folder)
+
+    def closed_months(self) -> list[ClosedMonth]:
+        """Return the closed months in their order. Raises ConfigError or JournalError."""
+        from krea_dagster.application.close import closed_months_of
+
+        return closed_months_of(self)
+
+    def changed_statements(self) -> list[str]:
+        """Return a sentence on each file of a statement that is missing or was changed.
+
+        Raises ConfigError, JournalError or StorageError.
+        """
+        from krea_dagster.application.close import changed_of
+
+        return changed_of(self)
 
     # -- the size of root and journal ------------------------------------------------------------
 

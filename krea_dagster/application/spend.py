@@ -14,6 +14,7 @@ import pyarrow as pa
 from krea_dagster import redact
 from krea_dagster.application.backend import Backend
 from krea_dagster.application.spend_warnings import recent_warnings
+from krea_dagster.engine.journal.closed_month_log import ClosedMonth
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.file_systems import Options
@@ -73,8 +74,10 @@ class SpendPeriod:
 class Spend:
     """Sums by columns in a period, its account entries, all budgets with their use, warnings.
 
-    ``prices`` are those of a credit. ``from_today`` counts, for columns of the
-    prompt table, the purchases that were not written with them: they count as today's table says.
+    ``prices`` are those of a credit. ``closed`` is the period where it is a closed month, and
+    ``since_closed`` are the units that were charged and refunded since. ``from_today`` counts, for
+    columns of the prompt table, the purchases that were not written with them: they count as
+    today's table says.
     """
 
     by: tuple[str, ...]
@@ -84,6 +87,8 @@ class Spend:
     where: str
     budgets: Sequence[BudgetLine] = ()
     entries: EntrySums = field(default_factory=EntrySums)
+    closed: ClosedMonth | None = None
+    since_closed: tuple[int, int] = (0, 0)
     warnings: Sequence[SpendWarning] = ()
     from_today: Mapping[str, int] = field(default_factory=dict)
 
@@ -118,6 +123,7 @@ def spend_of(
             names, lines = ("when",), _by_time(duck, period, now)
         entered = entry_sums(duck, period.since, period.until)
         today = from_today(duck, by) if needs_manifest else {}
+        closed, since_closed = _closed(backend, duck, period)
         budgets = budget_lines(duck, caps, soft, now) if is_utc(period.zone) else None
     storage = backend.open_storage()
     if budgets is None:  # the days of a budget are UTC, as for the caps
@@ -131,9 +137,26 @@ def spend_of(
         redact.location(storage.locate("")),
         budgets,
         entered,
+        closed,
+        since_closed,
         recent_warnings(backend, now=now, account=False) or [],
         today,
     )
+
+
+def _closed(
+    backend: Backend, duck: DuckDB, period: SpendPeriod
+) -> tuple[ClosedMonth | None, tuple[int, int]]:
+    """Return the closed month that a period is, and the units charged and refunded since."""
+    if not period.name or not is_utc(period.zone):
+        return None, (0, 0)
+    with backend.open_journal() as journal:
+        found = [one for one in journal.closed_months.all() if one.month == period.name]
+    if not found:
+        return None, (0, 0)
+    (line,) = sums(duck, since=period.since, until=period.until)
+    (one,) = found
+    return one, (line.charged_units - one.charged_units, line.refunded_units - one.refunded_units)
 
 
 def _by_time(duck: DuckDB, period: SpendPeriod, now: datetime) -> list[SpendLine]:

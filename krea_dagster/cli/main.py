@@ -31,6 +31,7 @@ _COMMANDS: Final = {
     "account": ("cli.account:account_group", "Enter refunds and bought credits, or list them."),
     "accept": ("cli.accept:accept_group", "Accept what a run stopped for: a root, a key, a price."),
     "callbacks": ("callbacks.command:callbacks_command", "Receive EvoLink's callbacks."),
+    "close": ("cli.close:close_command", "Close a month: write its statement, which stays."),
     "curate": ("cli.curate:curate_command", "Measure images, find duplicates, accept images."),
     "demo": ("cli.materialize:demo_command", "Try materialize with the emulator: no key, no cost."),
     "drill": ("drill.command:drill_command", "Kill workers while they buy, and check the result."),

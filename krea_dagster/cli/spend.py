@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from krea_dagster.application.spend import Spend
+    from krea_dagster.engine.journal.closed_month_log import ClosedMonth
     from krea_dagster.spend.tables.query import EntrySums, SpendLine
     from krea_dagster.spend.warnings.warnings import SpendWarning
 
@@ -263,6 +264,8 @@ def show_spend(shown: Spend) -> None:
             )
     if said := _entries_words(shown.entries):
         out.print(said)
+    if shown.closed is not None:
+        out.print(_closed_words(shown.closed, *shown.since_closed))
     if shown.budgets:
         out.print(_budget_table(shown))
     show_warnings(shown.warnings[:_MOST_WARNINGS])
@@ -283,6 +286,20 @@ def _entries_words(entries: EntrySums) -> str:
     }
     words = [f"{credits_text(units)} {word}" for word, units in said.items() if units]
     return f"entries    {', '.join(words)} (credits)" if words else ""
+
+
+def _closed_words(closed: ClosedMonth, charged_units: int, refunded_units: int) -> str:
+    """Return what a closed month's statement says, and what is different since."""
+    since = f"since then {credits_text(charged_units)} charged and {credits_text(refunded_units)} "
+    return (
+        f"statement  closed on {closed.closed_at:%Y-%m-%d}: {credits_text(closed.charged_units)} "
+        f"charged, {credits_text(closed.refunded_units)} refunded; "
+        + (
+            f"{since}refunded, as adjustments"
+            if charged_units or refunded_units
+            else "no adjustments since"
+        )
+    )
 
 
 def _budget_table(shown: Spend) -> Table:
@@ -313,6 +330,16 @@ def spend_figures(shown: Spend) -> dict[str, Any]:
         "credit_prices": str(shown.prices).split(", "),
         "from_today": dict(shown.from_today),
         "lines": [_row(shown, line) for line in shown.lines],
+        "statement": None
+        if shown.closed is None
+        else {
+            "closed_at": shown.closed.closed_at.isoformat(),
+            "sha256": shown.closed.sha256,
+            "credits_charged": _exact(shown.closed.charged_units),
+            "credits_refunded": _exact(shown.closed.refunded_units),
+            "credits_charged_since": _exact(shown.since_closed[0]),
+            "credits_refunded_since": _exact(shown.since_closed[1]),
+        },
         "entries": {
             "credits_bought": _exact(shown.entries.bought_units),
             "credits_given": _exact(shown.entries.given_units),

@@ -27,6 +27,7 @@ from krea_dagster.engine.journal.attribution_log import AttributionLog
 from krea_dagster.engine.journal.callback_log import CallbackLog
 from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.journal.claim_log import ClaimLog
+from krea_dagster.engine.journal.closed_month_log import ClosedMonthLog
 from krea_dagster.engine.journal.commitments import CommitmentLedger
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.entry_log import EntryLog
@@ -84,6 +85,7 @@ class Journal:
         api_keys: the API keys that images were bought with.
         callbacks: the callbacks that receivers have written.
         claims: the runs that are at work, and the requests that they hold.
+        closed_months: the months that were closed.
         entries: what a person entered of the account.
         paces: the rate limits that runs have learned.
         prices: the prices that EvoLink has reported.
@@ -102,6 +104,7 @@ class Journal:
         self.callbacks = CallbackLog(database)
         self.attributions = AttributionLog(database)
         self.claims = ClaimLog(database)
+        self.closed_months = ClosedMonthLog(database)
         self.entries = EntryLog(database)
         self.paces = PaceLog(database)
         self.prices = PriceLog(database, self.claims)

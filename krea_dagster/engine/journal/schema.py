@@ -486,6 +486,25 @@ spend_acknowledgements: Final = Table(
     sqlite_autoincrement=True,
 )
 
+#: The months that were closed: the statement of each, and the hashes of its files.
+closed_months: Final = Table(
+    "closed_months",
+    metadata,
+    Column("month", String(7), primary_key=True),
+    Column("closed_at", UtcTime, nullable=False),
+    # Under the storage root, without .parquet and .html.
+    Column("name", Text, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("page_sha256", String(64), nullable=False),
+    Column("purchases", BigInteger, nullable=False),
+    Column("charged_units", BigInteger, nullable=False),
+    Column("refunded_units", BigInteger, nullable=False),
+    Column("at_stake_units", BigInteger, nullable=False),
+    # What it changes of earlier statements.
+    Column("adjusted_charged_units", BigInteger, nullable=False),
+    Column("adjusted_refunded_units", BigInteger, nullable=False),
+)
+
 
 def _keep_rows(table: Table, function: str, message: str) -> None:
     """Make a table append-only, by triggers that are created with it."""
@@ -522,6 +541,11 @@ _keep_rows(
     spend_acknowledgements,
     "spend_acknowledgements_are_kept",
     "an acknowledgement is never changed or removed; withdraw it",
+)
+_keep_rows(
+    closed_months,
+    "closed_months_are_kept",
+    "a closed month stays closed; later changes are adjustments in the next statement",
 )
 
 #: Everything that happened, in order; replaying it gives the current state. Events before the

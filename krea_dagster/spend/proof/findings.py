@@ -54,6 +54,8 @@ class FindingKind(str, Enum):
     SUM_DIFFERS = "sum_differs"
     #: The account used more or less than the journal can explain.
     ACCOUNT_DIFFERS = "account_differs"
+    #: The file of a closed month's statement is missing or was changed.
+    STATEMENT_CHANGED = "statement_changed"
 
     #: Paid, and the image is not here yet.
     PAID_NOT_STORED = "paid_not_stored"

@@ -30,6 +30,7 @@ from krea_dagster.models import credits_text
 from krea_dagster.spend.proof.account import AccountComparison, AccountProof
 from krea_dagster.spend.proof.findings import FindingKind, Proof, ProofFigures, ProofFindings
 from krea_dagster.spend.proof.manifest_rows import ListedRows, compare_rows
+from krea_dagster.spend.proof.statements import changed_statements
 from krea_dagster.spend.proof.stored_files import FileChecker, FileState
 
 #: Files that are looked up in the journal at once.
@@ -59,6 +60,8 @@ def verify(
     pruned = frozenset(journal.pruned.keys().to_pylist())
     listed = compare_rows(storage, journal, findings, pruned)
     _compare_files(storage, journal, findings, pruned)
+    for text in changed_statements(storage, journal.closed_months.all()):
+        findings.add(FindingKind.STATEMENT_CHANGED, text)
     with journal.snapshot() as snapshot, ExitStack() as stack:
         stored = request_count(snapshot.connection)
         checker = FileChecker(storage, hash_bytes=hash_bytes, stored=stored)

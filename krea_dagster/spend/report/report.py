@@ -149,7 +149,7 @@ def render(
     today = figures.today
     places = 4 if _needs_four(figures) else 2
     return (
-        _templates()
+        templates()
         .get_template("report.html.j2")
         .render(
             title=title,
@@ -166,12 +166,12 @@ def render(
             zone=zone,
             budgets=budgets,
             prices=prices,
-            money=lambda units: _money(units, places),
+            money=lambda units: money_tag(units, places),
             costs=_costs,
             plain=amount,
             rough=rough,
             period_words=_period_words,
-            share=_share,
+            share=share_of,
         )
     )
 
@@ -242,7 +242,7 @@ def _needs_four(figures: ReportFigures) -> bool:
     )
 
 
-def _money(units: float | None, places: int) -> Markup:
+def money_tag(units: float | None, places: int = 2) -> Markup:
     """Return a sum as a data element; a quotient rounded to four decimals."""
     if units is None:
         return Markup("–")
@@ -254,12 +254,16 @@ def _money(units: float | None, places: int) -> Markup:
 
 
 def _costs(line: SpendLine) -> str:
-    """Return a charge in each currency, rounded to the cent."""
-    costs = line.costs() or {"USD": Fraction(0)}
-    return ", ".join(f"{rounded(cost, 2):,} {name}" for name, cost in sorted(costs.items()))
+    return amounts_text(line.costs())
 
 
-def _share(units: int, most: int) -> str:
+def amounts_text(costs: Mapping[str, Fraction]) -> str:
+    """Return amounts of money, each in its currency, rounded to the cent."""
+    shown = sorted((costs or {"USD": Fraction(0)}).items())
+    return ", ".join(f"{rounded(cost, 2):,} {name}" for name, cost in shown)
+
+
+def share_of(units: int, most: int) -> str:
     """Return a bar's width in percent."""
     return f"{100 * units / most:.1f}" if most > 0 else "0"
 
@@ -280,7 +284,8 @@ def _with_code(text: str) -> Markup:
 
 
 @cache
-def _templates() -> jinja2.Environment:
+def templates() -> jinja2.Environment:
+    """Return the templates of the report and of statements."""
     folder = files("krea_dagster.spend.report")
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text("utf-8")),

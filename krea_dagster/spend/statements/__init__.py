@@ -1,0 +1,1 @@
+"""The statements of closed months: what each says, its file and its page."""
