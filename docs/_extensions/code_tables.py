@@ -26,6 +26,7 @@ from krea_dagster.curation.verdict_files import VERDICT_FILE_DESCRIPTIONS, VERDI
 from krea_dagster.engine import states
 from krea_dagster.manifest import DESCRIPTIONS, MANIFEST_SCHEMA
 from krea_dagster.spend.statements.statement import STATEMENT_DESCRIPTIONS, STATEMENT_SCHEMA
+from krea_dagster.spend.tables.balance import BALANCE_DESCRIPTIONS, BALANCE_SCHEMA
 from krea_dagster.spend.tables.daily import DAILY_DESCRIPTIONS, daily_schema
 from krea_dagster.spend.tables.entries import ENTRIES_DESCRIPTIONS, ENTRIES_SCHEMA
 from krea_dagster.spend.tables.ledger import LEDGER_DESCRIPTIONS, LEDGER_SCHEMA
@@ -98,6 +99,7 @@ class CodeTable(SphinxDirective):
         "daily": lambda: columns(daily_schema(()), DAILY_DESCRIPTIONS),
         "entries": lambda: columns(ENTRIES_SCHEMA, ENTRIES_DESCRIPTIONS),
         "statement": lambda: columns(STATEMENT_SCHEMA, STATEMENT_DESCRIPTIONS),
+        "balance": lambda: columns(BALANCE_SCHEMA, BALANCE_DESCRIPTIONS),
         "measures": lambda: columns(MEASURES_SCHEMA, MEASURES_DESCRIPTIONS),
         "near_duplicates": lambda: columns(NEAR_DUPLICATES_SCHEMA, NEAR_DUPLICATES_DESCRIPTIONS),
         "verdicts": lambda: columns(VERDICT_FILE_SCHEMA, VERDICT_FILE_DESCRIPTIONS),

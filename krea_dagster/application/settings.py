@@ -25,6 +25,7 @@ from krea_dagster.file_systems import parse_options
 from krea_dagster.models import MOST_CREDITS, credits_from_units, parse_cap, parse_whole_number
 from krea_dagster.spend.prices import PUBLISHED, CreditPrices
 from krea_dagster.spend.warnings.anomaly import THRESHOLD
+from krea_dagster.spend.warnings.history import BALANCE_DAYS
 
 #: The emulator's default API key.
 EMULATOR_KEY: Final = "emulator"
@@ -151,6 +152,14 @@ class SharedSettings(BaseModel):
         "68/USD,2026-10-01=60/EUR. A purchase has the price of its day.",
         variable="KREA_CREDIT_PRICES",
         metavar="[DAY=]CREDITS/CURRENCY,…",
+    )
+    balance_days: int = _setting(
+        BALANCE_DAYS,
+        "Days before the account's credits are expected to run out from which it is a warning.",
+        variable="KREA_BALANCE_DAYS",
+        metavar="DAYS",
+        ge=1,
+        le=365,
     )
     spend_by: list[str] = _setting(
         [],
@@ -334,7 +343,7 @@ def _read(text: str, field: FieldInfo, name: str) -> Any:
             return _api_root(text, variable)
         case "callback_base_url":
             return without_secret(text, variable)
-        case "max_in_flight" | "partitions_per_run" | "spend_threshold":
+        case "max_in_flight" | "partitions_per_run" | "spend_threshold" | "balance_days":
             return _number(text, field, variable)
         case "run_credits" | "day_credits":
             return credits_from_units(parse_cap(text, variable))

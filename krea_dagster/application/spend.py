@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from krea_dagster import redact
 from krea_dagster.application.backend import Backend
-from krea_dagster.application.spend_warnings import recent_warnings
+from krea_dagster.application.spend_warnings import history_of, warnings_in
+from krea_dagster.engine.journal.balance_log import AccountHistory
 from krea_dagster.engine.journal.closed_month_log import ClosedMonth
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
@@ -35,6 +36,7 @@ from krea_dagster.spend.tables.state import SpendState
 from krea_dagster.spend.tables.update import SpendUpdate, update_spend
 from krea_dagster.spend.tables.views import is_utc
 from krea_dagster.spend.warnings.budgets import BudgetLine, budget_lines, hard_budgets
+from krea_dagster.spend.warnings.history import Balance, SpendHistory
 from krea_dagster.spend.warnings.warnings import SpendWarning
 
 
@@ -90,6 +92,7 @@ class Spend:
     closed: ClosedMonth | None = None
     since_closed: tuple[int, int] = (0, 0)
     warnings: Sequence[SpendWarning] = ()
+    balances: Sequence[Balance] = ()
     from_today: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -129,6 +132,7 @@ def spend_of(
     if budgets is None:  # the days of a budget are UTC, as for the caps
         with closing(open_tables(storage, manifest=needs_manifest)) as duck:
             budgets = budget_lines(duck, caps, soft, now)
+    history = history_of(backend, now=now, account=False) or SpendHistory()
     return Spend(
         names,
         lines,
@@ -139,7 +143,8 @@ def spend_of(
         entered,
         closed,
         since_closed,
-        recent_warnings(backend, now=now, account=False) or [],
+        warnings_in(backend, history, now),
+        history.balances,
         today,
     )
 
@@ -185,7 +190,7 @@ def answer_of(
     zone: str | None = None,
 ) -> pa.Table:
     """Answer one SELECT over the views. Raises ConfigError or JournalError."""
-    names = ("manifest", "prompts", "attribution")
+    names = ("manifest", "prompts", "attribution", "balance")
     needs = {name: name in query.lower() for name in names}
     opened = _opened(
         backend,
@@ -193,6 +198,7 @@ def answer_of(
         prompts if needs["prompts"] else None,
         prompts_options,
         manifest=needs["manifest"] or needs["attribution"],
+        balance=needs["balance"],
     )
     with closing(opened) as duck:
         return run_query(duck, query)
@@ -222,11 +228,18 @@ def _opened(
     prompts_options: Options | None = None,
     *,
     manifest: bool,
+    balance: bool = False,
 ) -> DuckDB:
     """Bring the tables up to date, as they are kept apart, and open the views."""
     storage = backend.open_storage()
     update_tables(backend, by=kept_columns(storage))
-    return open_tables(storage, prompts, prompts_options, manifest=manifest, zone=zone)
+    accounts: Sequence[AccountHistory] = ()
+    if balance:
+        with backend.open_journal() as journal:
+            accounts = journal.balances.accounts()
+    return open_tables(
+        storage, prompts, prompts_options, manifest=manifest, zone=zone, accounts=accounts
+    )
 
 
 def kept_columns(storage: Storage) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ def report_of(
     with backend.open_journal() as journal:
         account = account_proof(journal)
         acknowledgements = journal.acknowledgements.current()
+        accounts = journal.balances.accounts()
     return write_report(
         stored_tables(storage),
         path,
@@ -43,6 +44,8 @@ def report_of(
         soft=backend.soft_budgets(),
         acknowledgements=acknowledgements,
         threshold=backend.settings.spend_threshold,
+        accounts=accounts,
+        balance_days=backend.settings.balance_days,
         since=period.since,
         until=period.until,
         zone=period.zone,

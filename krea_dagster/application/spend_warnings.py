@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Final
 
@@ -13,6 +14,7 @@ from krea_dagster.errors import ConfigError, InputError
 from krea_dagster.spend.proof.verify import account_proof
 from krea_dagster.spend.tables.query import stored_tables
 from krea_dagster.spend.warnings.budgets import hard_budgets
+from krea_dagster.spend.warnings.history import SpendHistory
 from krea_dagster.spend.warnings.load_history import observe
 from krea_dagster.spend.warnings.warnings import SpendWarning, find_warnings
 
@@ -22,15 +24,10 @@ RECENT_DAYS: Final = 7
 _WARNING_ID: Final = re.compile(r"[0-9a-f]{10}", re.ASCII)
 
 
-def recent_warnings(
-    backend: Backend,
-    budgets: Sequence[Budget] = (),
-    *,
-    now: datetime,
-    account: bool = True,
-    days: int | None = RECENT_DAYS,
-) -> list[SpendWarning] | None:
-    """Return the warnings of the last days (or of all) in the spend tables; None without tables.
+def history_of(
+    backend: Backend, budgets: Sequence[Budget] = (), *, now: datetime, account: bool = True
+) -> SpendHistory | None:
+    """Return the history that warnings are found in; None without spend tables.
 
     ``budgets`` only warn, in addition to all of the settings. Without ``account`` the account is
     not compared with the journal, which reads every charge. Raises ConfigError for a budget of an
@@ -44,11 +41,30 @@ def recent_warnings(
     with backend.open_journal() as journal:
         proof = account_proof(journal) if account else None
         acknowledged = journal.acknowledgements.current()
-    history = observe(tables, now=now, budgets=every, account=proof, acknowledgements=acknowledged)
+        accounts = journal.balances.accounts()
+    history = observe(
+        tables,
+        now=now,
+        budgets=every,
+        account=proof,
+        acknowledgements=acknowledged,
+        accounts=accounts,
+    )
+    return replace(history, balance_days=backend.settings.balance_days)
+
+
+def recent_warnings(
+    backend: Backend, budgets: Sequence[Budget] = (), *, now: datetime
+) -> list[SpendWarning] | None:
+    """Return the warnings of the last days; None without spend tables, and as ``history_of``."""
+    history = history_of(backend, budgets, now=now)
+    return None if history is None else warnings_in(backend, history, now)
+
+
+def warnings_in(backend: Backend, history: SpendHistory, now: datetime) -> list[SpendWarning]:
+    """Return the warnings of the last days in a history, by the threshold of the settings."""
+    since = now.astimezone(timezone.utc).date() - timedelta(days=RECENT_DAYS)
     found = find_warnings(history, now, backend.settings.spend_threshold)
-    if days is None:
-        return found
-    since = now.astimezone(timezone.utc).date() - timedelta(days=days)
     return [one for one in found if one.until >= since]
 
 
@@ -70,7 +86,9 @@ def acknowledge(
     if not backend.has_journal():
         raise ConfigError("there is no journal yet: nothing was spent")
     now = now or datetime.now(timezone.utc)
-    found = recent_warnings(backend, now=now, days=None) or []
+    history = history_of(backend, now=now)
+    threshold = backend.settings.spend_threshold
+    found = [] if history is None else find_warnings(history, now, threshold)
     warning = next((one for one in found if one.warning_id == warning_id), None)
     with backend.open_journal() as journal:
         known = journal.acknowledgements.current()

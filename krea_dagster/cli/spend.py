@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timezone
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -26,6 +26,7 @@ from krea_dagster.cli.options import (
 from krea_dagster.cli.terminal import out, printable, show_json
 from krea_dagster.models import UNITS_PER_CREDIT, credits_text
 from krea_dagster.spend.text import rough, rounded, unique_names
+from krea_dagster.spend.warnings.run_out import RunOut, run_out_words
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from krea_dagster.application.spend import Spend
     from krea_dagster.engine.journal.closed_month_log import ClosedMonth
     from krea_dagster.spend.tables.query import EntrySums, SpendLine
+    from krea_dagster.spend.warnings.history import Balance
     from krea_dagster.spend.warnings.warnings import SpendWarning
 
 _COUNTS: Final = (
@@ -85,8 +87,8 @@ _DAY: Final = click.DateTime(["%Y-%m-%d"])
     "--sql",
     metavar="QUERY",
     help=(
-        "Answer a SELECT over the views ledger, entries, charges, daily, failures, manifest, "
-        "prompts, spend_by_day."
+        "Answer a SELECT over the views ledger, entries, charges, balance, daily, failures, "
+        "manifest, prompts, spend_by_day."
     ),
 )
 @json_option
@@ -268,6 +270,10 @@ def show_spend(shown: Spend) -> None:
         out.print(_closed_words(shown.closed, *shown.since_closed))
     if shown.budgets:
         out.print(_budget_table(shown))
+    for one in shown.balances:
+        out.print(_balance_words(one, several=len(shown.balances) > 1))
+    if shown.lines and not shown.balances:
+        out.print("balance    not known: no run has read the account")
     show_warnings(shown.warnings[:_MOST_WARNINGS])
     if (more := len(shown.warnings) - _MOST_WARNINGS) > 0:
         out.print(f"and {more} more warnings: see --json")
@@ -300,6 +306,14 @@ def _closed_words(closed: ClosedMonth, charged_units: int, refunded_units: int) 
             else "no adjustments since"
         )
     )
+
+
+def _balance_words(balance: Balance, *, several: bool) -> str:
+    name = f"account {balance.account}: " if several else ""
+    left = f"{credits_text(balance.units)} credits left"
+    lasts = run_out_words(balance.run_out, datetime.now(timezone.utc).date())
+    read = f"read on {balance.read_at:%Y-%m-%d %H:%M} UTC"
+    return f"balance    {name}{left} {lasts}; {read}"
 
 
 def _budget_table(shown: Spend) -> Table:
@@ -360,6 +374,7 @@ def spend_figures(shown: Spend) -> dict[str, Any]:
             }
             for one in shown.budgets
         ],
+        "balances": [_balance_figures(one) for one in shown.balances],
         "warnings": [
             {
                 "warning": one.warning_id,
@@ -381,6 +396,22 @@ def spend_figures(shown: Spend) -> dict[str, Any]:
             }
             for one in shown.warnings
         ],
+    }
+
+
+def _balance_figures(balance: Balance) -> dict[str, Any]:
+    found = balance.run_out or RunOut(None, None, None)
+    days = {name: getattr(found, name) for name in ("expected", "earliest", "latest")}
+    return {
+        "account": balance.account,
+        "read_at": balance.read_at.isoformat(),
+        "credits_read": _exact(balance.read_units),
+        "credits_committed_since": _exact(balance.since_units),
+        "credits_entered_since": _exact(balance.entered_units),
+        "credits_left": _exact(balance.units),
+        "runs_out": None
+        if balance.run_out is None
+        else {name: day and day.isoformat() for name, day in days.items()},
     }
 
 

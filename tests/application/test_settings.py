@@ -25,7 +25,7 @@ def test_the_component_has_the_setting_as_it_is_defined(name: str) -> None:
 def test_no_two_settings_share_a_variable() -> None:
     variables = [variable_of(field) for field in Settings.model_fields.values()]
     named = [variable for variable in variables if variable]
-    assert len(named) == len(set(named)) == 24
+    assert len(named) == len(set(named)) == 25
 
 
 def test_secrets_are_not_in_the_repr() -> None:

@@ -75,6 +75,7 @@ EVERYTHING: dict[str, Any] = {
         "day_credits": 20,
         "budgets": ["month=900", "column:day=5"],
         "soft_budgets": ["month=800"],
+        "balance_days": 7,
         "timezone": "Europe/Berlin",
         "spend_threshold": 5.0,
         "spend_by": ["campaign"],

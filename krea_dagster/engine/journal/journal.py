@@ -24,6 +24,7 @@ from krea_dagster.engine.journal.api_key_log import ApiKeyLog
 from krea_dagster.engine.journal.append import StaleRecord, write_changes
 from krea_dagster.engine.journal.attempt_log import AttemptLog
 from krea_dagster.engine.journal.attribution_log import AttributionLog
+from krea_dagster.engine.journal.balance_log import BalanceLog
 from krea_dagster.engine.journal.callback_log import CallbackLog
 from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.journal.claim_log import ClaimLog
@@ -83,6 +84,7 @@ class Journal:
         acknowledgements: the warnings about the spend that people expect.
         alerts: the warnings about the spend that are to be posted.
         api_keys: the API keys that images were bought with.
+        balances: what the accounts had left.
         callbacks: the callbacks that receivers have written.
         claims: the runs that are at work, and the requests that they hold.
         closed_months: the months that were closed.
@@ -101,6 +103,7 @@ class Journal:
         self.acknowledgements = AcknowledgementLog(database)
         self.alerts = AlertLog(database)
         self.api_keys = ApiKeyLog(database)
+        self.balances = BalanceLog(database)
         self.callbacks = CallbackLog(database)
         self.attributions = AttributionLog(database)
         self.claims = ClaimLog(database)
@@ -363,14 +366,17 @@ class Journal:
 
         self.database.write("write a stop to", write)
 
-    def add_account_reading(self, run_id: str, said: AccountCredits) -> None:
-        """Keep what the account reported, to compare the journal with it."""
+    def add_account_reading(
+        self, run_id: str, said: AccountCredits, api_key: str | None = None
+    ) -> None:
+        """Keep what the account reported to a key, to compare the journal with it."""
         used = said.token_used_units
         statement = insert(account_readings).values(
             at=said.read_at,
             run_id=run_id,
             used_units=said.user_used_units if used is None else used,
             remaining_units=said.user_remaining_units,
+            api_key=api_key,
         )
         self.database.write(
             "write an account reading to", lambda connection: connection.execute(statement)

@@ -55,12 +55,16 @@ class Charge:
 
 @dataclass(frozen=True)
 class AccountReading:
-    """What ``GET /v1/credits`` said during a run, in units: the key's use, or the account's."""
+    """What ``GET /v1/credits`` said during a run, in units: the key's use, or the account's.
+
+    ``api_key`` is the fingerprint of the key; None in rows of older versions.
+    """
 
     at: datetime
     run_id: str
     used_units: int
     remaining_units: int
+    api_key: str | None = None
 
 
 _REQUEST_FIELDS: Final = tuple(one.name for one in fields(ImageRequest))

@@ -376,7 +376,8 @@ raised_attempts: Final = Table(
     Column("ended_at", UtcTime),
 )
 
-#: What the account reported, to compare the journal with it.
+#: What the account reported, to compare the journal with it. ``api_key`` is the fingerprint of the
+#: key that asked; null where a row of an older version does not show it.
 account_readings: Final = Table(
     "account_readings",
     metadata,
@@ -385,6 +386,7 @@ account_readings: Final = Table(
     Column("run_id", String(255), nullable=False),
     Column("used_units", BigInteger, nullable=False),
     Column("remaining_units", BigInteger, nullable=False),
+    Column("api_key", String(16)),
 )
 
 #: Warnings about the spend that are alerts, by the channel that posts them. ``warning`` is a JSON

@@ -510,7 +510,8 @@ class RunScheduler:
         except ApiError as error:
             self._account_error = str(error)
             return
-        await self._in_thread(self._journal.add_account_reading, self._options.run_id, credits)
+        run_id, api_key = self._options.run_id, self._options.api_key
+        await self._in_thread(self._journal.add_account_reading, run_id, credits, api_key)
 
     async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
         """End the run with the journal's error if the journal fails in the background."""

@@ -21,6 +21,9 @@ _DESCRIPTIONS: Final[Mapping[WarningKind, str]] = {
         "No budget is nearly used up, and the month's is not used faster than the month passes."
     ),
     WarningKind.FORECAST: "The month will end within its budget, judging by the last twelve weeks.",
+    WarningKind.CREDITS_RUN_OUT: (
+        "The account's credits last for balance_days, judging by the last twelve weeks."
+    ),
     WarningKind.DAY_OUT_OF_HABIT: (
         "No day cost far more than its weekday usually does, and more than each day of half a year."
     ),

@@ -19,6 +19,7 @@ from krea_dagster.models import UNITS_PER_CREDIT
 from krea_dagster.spend.report.report_data import Period
 from krea_dagster.spend.text import amount, day_words, rough
 from krea_dagster.spend.warnings.forecast import Forecast, days_left
+from krea_dagster.spend.warnings.run_out import RunOut
 
 #: Widths in pixels at which a chart is drawn, by the class that shows it.
 WIDTHS: Final = {"wide": 1040, "middle": 680, "narrow": 342}
@@ -230,6 +231,45 @@ def cost_chart(periods: Sequence[Period], days: int, label: str) -> list[str]:
             plot.text(x, y - 12, words, "strong", "end" if is_last else "start")
         images.append(plot.drawn(label))
     return images
+
+
+def balance_chart(
+    readings: Sequence[tuple[date, int]], today: date, units: int, found: RunOut | None, label: str
+) -> list[str]:
+    """Draw what an account has left, and until when, as a range."""
+    start = readings[0][0]
+    ahead = max(28, (today - start).days)  # at most half of the chart
+    latest = found and (found.latest or found.expected or found.earliest)
+    end = min(max(latest or today, today + timedelta(days=6)), today + timedelta(days=ahead))
+    images = []
+    for size in WIDTHS:
+        plot = _Plot(size, start, end, max(0, units, *(one for _, one in readings)))
+        steps = [(plot.middle(day), plot.y(max(0, left))) for day, left in readings]
+        here = (plot.middle(today), plot.y(max(0, units)))
+        days = [found.earliest, found.latest, found.expected] if found else []
+        ends = [_clipped(plot, here, day, today) for day in days]
+        if ends:
+            plot.path([here, *ends[:2], here], "range", close=True)
+            plot.path([here, ends[2]], "ahead")
+        plot.path([*steps, here], "line")
+        plot.text(here[0] + 4, here[1] - 10, amount(units), "strong")
+        images.append(plot.drawn(label))
+    return images
+
+
+def _clipped(
+    plot: _Plot, here: tuple[float, float], day: date | None, today: date
+) -> tuple[float, float]:
+    """Return where a line from today to nothing on a day ends; at the chart's edge if later."""
+    right = plot.width - _RIGHT
+    if day is None:
+        return right, here[1]
+    x = plot.middle(today) + plot.step * (day - today).days
+    base = plot.y(0)
+    if x <= right:
+        return x, base
+    share = (right - here[0]) / (x - here[0])
+    return right, here[1] + (base - here[1]) * share
 
 
 def _bar(plot: _Plot, period: Period, kind: str, width: float) -> list[svg.PathData]:

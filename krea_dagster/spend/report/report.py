@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import ROUND_HALF_UP, Decimal
 from fractions import Fraction
@@ -22,6 +23,7 @@ import jinja2
 from markupsafe import Markup
 
 from krea_dagster.engine.budget import Budget
+from krea_dagster.engine.journal.balance_log import AccountHistory
 from krea_dagster.engine.storage.page import write_page
 from krea_dagster.models import UNITS_PER_CREDIT, Acknowledgement
 from krea_dagster.spend.prices import PUBLISHED, CreditPrices
@@ -29,6 +31,7 @@ from krea_dagster.spend.proof.account import AccountProof
 from krea_dagster.spend.report.charts import (
     BudgetMark,
     DayLabel,
+    balance_chart,
     cost_chart,
     daily_chart,
     month_chart,
@@ -40,11 +43,15 @@ from krea_dagster.spend.text import CENT_UNITS, amount, credits_words, day_words
 from krea_dagster.spend.warnings.anomaly import THRESHOLD
 from krea_dagster.spend.warnings.budgets import BudgetLine, budget_lines
 from krea_dagster.spend.warnings.forecast import Forecast, forecast_usual
+from krea_dagster.spend.warnings.history import BALANCE_DAYS, Balance
 from krea_dagster.spend.warnings.load_history import observe
+from krea_dagster.spend.warnings.run_out import run_out_words
 from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind, find_warnings
 
 #: Most days that the chart of days shows, up to the last.
 CHART_DAYS: Final = 400
+#: Days before today that the chart of the balance shows.
+BALANCE_CHART_DAYS: Final = 90
 #: Most unusual days that the chart labels.
 _LABELS: Final = 4
 _UNIT_DAYS: Final = {"day": 1, "week": 7, "month": 31}
@@ -53,6 +60,7 @@ _KINDS: Final[Mapping[WarningKind, str]] = {
     WarningKind.ACCOUNT_DIFFERS: "Account differs from the journal",
     WarningKind.BUDGET_USED: "Budget",
     WarningKind.FORECAST: "Forecast",
+    WarningKind.CREDITS_RUN_OUT: "Credits run out",
     WarningKind.DAY_OUT_OF_HABIT: "Unusual day",
     WarningKind.PARTITION_OUT_OF_HABIT: "Unusual partition",
     WarningKind.STOPPED: "No purchases",
@@ -76,6 +84,8 @@ def write_report(
     soft: Sequence[Budget] = (),
     acknowledgements: Mapping[str, Acknowledgement] = MappingProxyType({}),
     threshold: float = THRESHOLD,
+    accounts: Sequence[AccountHistory] = (),
+    balance_days: int = BALANCE_DAYS,
     since: date | None = None,
     until: date | None = None,
     zone: str = "UTC",
@@ -91,6 +101,8 @@ def write_report(
         soft: The budgets that only warn.
         acknowledgements: The acknowledged warnings, by id.
         threshold: How many standard deviations unusual spend is from the usual one.
+        accounts: The balances of the accounts, which a report of an earlier time leaves out.
+        balance_days: Days before credits run out from which it is a warning.
         since: First day, in the time zone ``zone``, as is ``until``, the last one.
 
     Raises:
@@ -100,16 +112,20 @@ def write_report(
     figures = figures_of(
         tables, by=by, prompts=prompts, now=now, since=since, until=until, zone=zone
     )
-    if figures.today < now.astimezone(ZoneInfo(zone)).date():
+    is_past = figures.today < now.astimezone(ZoneInfo(zone)).date()
+    if is_past:
         # What was known at the end of the period, but for purchases that have settled since.
         now = datetime.combine(figures.today, time.max, ZoneInfo(zone))
+        accounts = ()  # a balance is that of the present
     history = observe(
         tables,
         now=now,
         budgets=[*caps, *soft],
         account=account,
         acknowledgements=acknowledgements,
+        accounts=accounts,
     )
+    history = replace(history, balance_days=balance_days)
     found = find_warnings(history, now, threshold)
     warnings = [one for one in found if since is None or one.until >= since]
     today = now.astimezone(timezone.utc).date()
@@ -125,6 +141,7 @@ def write_report(
         zone=zone,
         budgets=budgets,
         forecast=forecast_usual(history.spent(today), today, history.grain_units),
+        balances=None if is_past else list(zip(history.balances, accounts, strict=True)),
     ).encode()
     if isinstance(path, (str, Path)):
         write_page(Path(path), page, "the report")
@@ -144,8 +161,12 @@ def render(
     zone: str = "UTC",
     budgets: Sequence[BudgetLine] = (),
     forecast: Forecast | None,
+    balances: Sequence[tuple[Balance, AccountHistory]] | None = None,
 ) -> str:
-    """Return the page with these figures, warnings, budgets and forecast."""
+    """Return the page with these figures, warnings, budgets, forecast and balances.
+
+    ``balances`` are None in a report of an earlier time.
+    """
     today = figures.today
     places = 4 if _needs_four(figures) else 2
     return (
@@ -166,6 +187,9 @@ def render(
             zone=zone,
             budgets=budgets,
             prices=prices,
+            balances=None
+            if balances is None
+            else [(one, *_balance(one, account, today)) for one, account in balances],
             money=lambda units: money_tag(units, places),
             costs=_costs,
             plain=amount,
@@ -216,6 +240,20 @@ def _charts(
     }
     # charts.py escapes all text that it is given.
     return {name: Markup("".join(images)) for name, images in drawn.items()}  # noqa: S704
+
+
+def _balance(balance: Balance, account: AccountHistory, today: date) -> tuple[str, Markup]:
+    """Return how long a balance lasts, and its chart."""
+    since = today - timedelta(days=BALANCE_CHART_DAYS)
+    days = [
+        (reading.at.astimezone(timezone.utc).date(), reading.remaining_units)
+        for reading in account.readings
+    ]
+    near = [one for one in days if one[0] >= since] or days[-1:]
+    lasts = run_out_words(balance.run_out, today)
+    label = f"Line chart of the balance since {day_words(near[0][0])}: it lasts {lasts}."
+    images = balance_chart(near, today, balance.units, balance.run_out, label)
+    return lasts, Markup("".join(images))  # noqa: S704 - charts.py escapes all text
 
 
 def _labels(warnings: Sequence[SpendWarning], by_day: Mapping[date, int]) -> list[DayLabel]:

@@ -17,12 +17,14 @@ import pyarrow.parquet as pq
 from typing_extensions import Self
 
 from krea_dagster import redact
+from krea_dagster.engine.journal.balance_log import AccountHistory
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError, KreaError
 from krea_dagster.file_systems import Options, open_for_arrow, open_url
 from krea_dagster.manifest import MANIFEST_SCHEMA, present_manifests
 from krea_dagster.parquet_files import open_parquet
 from krea_dagster.spend.prices import CreditPrice
+from krea_dagster.spend.tables.balance import balance_table
 from krea_dagster.spend.tables.daily import DAILY_SCHEMA, FAILURES_SCHEMA
 from krea_dagster.spend.tables.entries import ENTRIES_NAME, ENTRIES_SCHEMA
 from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
@@ -141,17 +143,19 @@ def open_tables(
     *,
     manifest: bool = True,
     zone: str = "UTC",
+    accounts: Sequence[AccountHistory] = (),
 ) -> DuckDB:
     """Open a DuckDB with the views of ``views.py``.
 
-    ``prompts`` is the source of the prompt table, opened with ``prompts_options``. Without
-    ``manifest`` its files are not opened. Nothing else can be read, and nothing written. Raises
-    ConfigError.
+    ``prompts`` is the source of the prompt table, opened with ``prompts_options``; ``balance`` is
+    made of ``accounts``. Without ``manifest`` its files are not opened. Nothing else can be read,
+    and nothing written. Raises ConfigError.
     """
     further: dict[str, Table] = {}
     if prompts is not None:
         further["prompts"] = _prompts(prompts, prompts_options)
-    duck = stored_tables(storage, manifest=manifest).open(zone=zone, **further)
+    tables = replace(stored_tables(storage, manifest=manifest), balance=balance_table(accounts))
+    duck = tables.open(zone=zone, **further)
     if manifest:
         create_attribution_view(duck)
     return duck

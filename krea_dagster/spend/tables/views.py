@@ -5,6 +5,7 @@
 | ``ledger`` | a purchase |
 | ``entries`` | an entry of the account: a refund, credits bought or given, a correction |
 | ``charges`` | a purchase, or a refund or correction of a charge, as that purchase is attributed |
+| ``balance`` | a reading of an account's credits |
 | ``daily`` | the measures of a UTC day, partition, table, quality, size, and the user's columns |
 | ``failures`` | the purchases without an image of a UTC day, partition, quality, error code |
 | ``attribution`` | a purchase: what it was made for, and the same columns in today's table |
@@ -32,6 +33,7 @@ from krea_dagster.engine.journal.entry_log import CORRECTION, REFUND
 from krea_dagster.engine.journal.prompt_table_log import GENERATED
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import MANIFEST_SCHEMA
+from krea_dagster.spend.tables.balance import BALANCE_SCHEMA
 from krea_dagster.spend.tables.entries import ENTRIES_SCHEMA, charges_sql
 from krea_dagster.spend.tables.measures import selected
 from krea_dagster.spend.tables.sql import DuckDB, open_views, quoted
@@ -68,7 +70,7 @@ _SUMS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class SpendTables:
-    """The three spend tables, the manifests, the number of months that have files, the entries."""
+    """The three spend tables, the manifests, how many months have files, entries and balances."""
 
     ledger: Table
     daily: Table
@@ -76,6 +78,7 @@ class SpendTables:
     manifest: Table = field(default_factory=MANIFEST_SCHEMA.empty_table)
     months: int = 0
     entries: pa.Table = field(default_factory=ENTRIES_SCHEMA.empty_table)
+    balance: pa.Table = field(default_factory=BALANCE_SCHEMA.empty_table)
 
     def open(self, *, zone: str = "UTC", **further: Table) -> DuckDB:
         """Open a DuckDB with the views, and ``further`` tables. Raises ConfigError for a zone."""
@@ -84,6 +87,7 @@ class SpendTables:
             "failures": self.failures,
             "manifest": self.manifest,
             "entries": self.entries,
+            "balance": self.balance,
             **further,
         }
         kinds = set(self.entries["counts_as"].to_pylist())

@@ -6,7 +6,7 @@ year of this account, over as many days as are left of the month.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from math import exp, sqrt
@@ -32,7 +32,7 @@ _Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Forecast:
-    """The expected spend of a month, in units, and its 90 % interval.
+    """The expected spend of a month, or until another day, in units, and its 90 % interval.
 
     ``days`` is the number of days that it was made from.
     """
@@ -44,16 +44,24 @@ class Forecast:
 
 
 def forecast_usual(spent: Mapping[date, int], today: date, grain_units: int) -> Forecast | None:
-    """Forecast the spend of the UTC month of ``today``; None with too few days.
+    """Forecast the spend of the UTC month of ``today``; None with too few days."""
+    found = forecast_days(spent, today, grain_units, [days_left(today)])
+    return found[0] if found else None
+
+
+def forecast_days(
+    spent: Mapping[date, int], today: date, grain_units: int, ahead: Sequence[int]
+) -> list[Forecast]:
+    """Forecast the spend from the month's first day until each number of days after ``today``.
 
     It is the spend so far, and for each day left the mean of its weekday over twelve weeks, with a
     part of the last week's difference from them, and of the trend. Unusual days count as usual
-    ones; of today what it lacks of its mean is still expected.
+    ones; of today what it lacks of its mean is still expected. Empty with too few days.
     """
     first = min(spent, default=today)
     count = (today - first).days
     if count < LEAST_DAYS:
-        return None
+        return []
     before = {day: units for day, units in spent.items() if day < today}
     usual = dict(before)
     for anomaly in find_unusual_days(before, today, grain_units):
@@ -63,20 +71,32 @@ def forecast_usual(spent: Mapping[date, int], today: date, grain_units: int) -> 
         np.array([spend.get(day, 0) for day in days], float) for spend in (usual, before)
     )
     weekday = first.weekday()
-    left = days_left(today)
-    # Many accounts pause at the end of the year, and the first time no earlier day says so.
-    certain = left if today.month < 12 else max(0, 23 - today.day)
-    expected, surely = (_expected(units, weekday, days)[-1] for days in (left, certain))
-    low, middle, high = _limits(units, real, weekday, max(left, 1), grain_units)
     of_today = _expected(units, weekday, 1, skipped=0)[-1]
     rest_of_today = max(0.0, of_today - spent.get(today, 0))
     so_far = sum(units for day, units in spent.items() if today.replace(day=1) <= day <= today)
-    return Forecast(
-        expected_units=so_far + round(expected * middle + rest_of_today),
-        low_units=so_far + round(surely * low),
-        high_units=so_far + round(expected * high + rest_of_today * max(1.0, high)),
-        days=min(count, WINDOW_DAYS),
-    )
+    found = []
+    for left in ahead:
+        certain = left - _pause_days(today, left)
+        expected, surely = (_expected(units, weekday, days)[-1] for days in (left, certain))
+        low, middle, high = _limits(units, real, weekday, max(left, 1), grain_units)
+        found.append(
+            Forecast(
+                expected_units=so_far + round(expected * middle + rest_of_today),
+                low_units=so_far + round(surely * low),
+                high_units=so_far + round(expected * high + rest_of_today * max(1.0, high)),
+                days=min(count, WINDOW_DAYS),
+            )
+        )
+    return found
+
+
+def _pause_days(today: date, left: int) -> int:
+    """Return how many of the days after today are at the end of a year.
+
+    Many accounts pause then, and the first time no earlier day says so.
+    """
+    days = (today + timedelta(days=number) for number in range(1, left + 1))
+    return sum(day.month == 12 and day.day > 23 for day in days)
 
 
 def days_left(today: date) -> int:

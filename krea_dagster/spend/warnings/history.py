@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import date, datetime
 from typing import Final, Literal
 
 from krea_dagster.engine.budget import PUBLISHED_UNITS
 from krea_dagster.models import Acknowledgement
+from krea_dagster.spend.warnings.run_out import RunOut
 
 #: The highest published price.
 HIGHEST_PRICE_UNITS: Final = max(PUBLISHED_UNITS.values())
+
+#: Days before an account's credits run out from which it is a warning, by default.
+BALANCE_DAYS: Final = 14
 
 #: The time that a budget covers: a UTC day, a UTC month, or all time.
 Period = Literal["day", "month", "total"]
@@ -94,11 +98,42 @@ class AccountUse:
 
 
 @dataclass(frozen=True)
+class Balance:
+    """What an account has left, in units, and when that is used up.
+
+    Attributes:
+        account: The fingerprint of one of its keys.
+        read_at: When it was read for the last time.
+        read_units: What it had left then.
+        since_units: What was committed since.
+        entered_units: Credits that a person entered for later days.
+        risen_on: The day on which its balance has last risen, as by a top-up.
+        is_used: Whether something was bought with its keys in the last four weeks.
+        run_out: When it is used up; None if too few days are known.
+    """
+
+    account: str
+    read_at: datetime
+    read_units: int
+    since_units: int = 0
+    entered_units: int = 0
+    risen_on: date | None = None
+    is_used: bool = True
+    run_out: RunOut | None = None
+
+    @property
+    def units(self) -> int:
+        """What is left now."""
+        return self.read_units - self.since_units + self.entered_units
+
+
+@dataclass(frozen=True)
 class SpendHistory:
     """Everything that warnings are found in, in the order of days; ``days`` have purchases.
 
     ``account`` is None where the account was not read twice. ``acknowledgements`` are by the id of
-    their warning.
+    their warning. ``balances`` are those of the accounts, the one read last first; fewer than
+    ``balance_days`` until one is used up are a warning.
     """
 
     days: Sequence[DaySpend] = ()
@@ -108,6 +143,8 @@ class SpendHistory:
     budgets: Sequence[BudgetUse] = ()
     account: AccountUse | None = None
     acknowledgements: Mapping[str, Acknowledgement] = field(default_factory=dict)
+    balances: Sequence[Balance] = ()
+    balance_days: int = BALANCE_DAYS
 
     def spent(self, until: date) -> dict[date, int]:
         """Return the committed units of each day up to the last one."""

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from datetime import datetime, timezone
+from dataclasses import replace
+from datetime import date, datetime, timedelta, timezone
 from types import MappingProxyType
+from typing import Final
 
 from krea_dagster.engine.budget import Budget
+from krea_dagster.engine.journal.balance_log import AccountHistory
 from krea_dagster.models import Acknowledgement
 from krea_dagster.spend.proof.account import AccountProof
+from krea_dagster.spend.tables.balance import rises
 from krea_dagster.spend.tables.measures import WITHOUT_IMAGE
 from krea_dagster.spend.tables.sql import units_of
 from krea_dagster.spend.tables.views import SpendTables
 from krea_dagster.spend.warnings.budgets import budget_uses
 from krea_dagster.spend.warnings.history import (
     AccountUse,
+    Balance,
     DaySpend,
     FailureSeen,
     PartitionSpend,
     PriceSeen,
     SpendHistory,
 )
+from krea_dagster.spend.warnings.run_out import run_out
+
+#: Days since its last purchase for which an account is in use.
+_LATELY_DAYS: Final = 28
 
 
 def observe(
@@ -31,6 +40,7 @@ def observe(
     budgets: Sequence[Budget] = (),
     account: AccountProof | None = None,
     acknowledgements: Mapping[str, Acknowledgement] = MappingProxyType({}),
+    accounts: Sequence[AccountHistory] = (),
 ) -> SpendHistory:
     """Read the history from the three spend tables. Raises ConfigError for an unknown column.
 
@@ -65,7 +75,31 @@ def observe(
         ]
         uses = budget_uses(database, budgets, now)
     use = account_use(account)
-    return SpendHistory(days, partitions, prices, failed, uses, use, acknowledgements)
+    history = SpendHistory(days, partitions, prices, failed, uses, use, acknowledgements)
+    today = now.astimezone(timezone.utc).date()
+    balances = [_balance(one, today, history.grain_units) for one in accounts]
+    return replace(history, balances=balances)
+
+
+def _balance(account: AccountHistory, today: date, grain_units: int) -> Balance:
+    last = account.readings[-1]
+    risen = [
+        reading.at.astimezone(timezone.utc).date()
+        for reading, units in zip(account.readings, rises(account), strict=True)
+        if units
+    ]
+    lately = today - timedelta(days=_LATELY_DAYS)
+    balance = Balance(
+        account.account,
+        last.at,
+        last.remaining_units,
+        account.since_units,
+        account.entered_units,
+        risen[-1] if risen else None,
+        any(units for day, units in account.committed.items() if day >= lately),
+    )
+    spent = {day: units for day, units in account.committed.items() if day <= today}
+    return replace(balance, run_out=run_out(spent, today, balance.units, grain_units))
 
 
 def account_use(proof: AccountProof | None) -> AccountUse | None:

@@ -35,11 +35,13 @@ from krea_dagster.spend.warnings.anomaly import (
 from krea_dagster.spend.warnings.forecast import Forecast, days_left, forecast_usual
 from krea_dagster.spend.warnings.history import (
     AccountUse,
+    Balance,
     BudgetUse,
     DaySpend,
     PriceSeen,
     SpendHistory,
 )
+from krea_dagster.spend.warnings.run_out import run_out_words
 
 #: Used share of a budget from which it is a warning.
 NEARLY_USED: Final = 0.8
@@ -68,6 +70,7 @@ class WarningKind(str, Enum):
     ACCOUNT_DIFFERS = "account_differs"
     BUDGET_USED = "budget_used"
     FORECAST = "forecast"
+    CREDITS_RUN_OUT = "credits_run_out"
     DAY_OUT_OF_HABIT = "day_out_of_habit"
     PARTITION_OUT_OF_HABIT = "partition_out_of_habit"
     STOPPED = "stopped"
@@ -146,6 +149,7 @@ def find_warnings(
         *_account(history.account, today),
         *_budgets(history.budgets, today, now),
         *_forecast(history.budgets, forecast_usual(spent, today, grain_units), today),
+        *_balances(history.balances, history.balance_days, today),
         *(_day(history, anomaly) for anomaly in days),
         *map(_stop, stops),
         *map(_level, levels),
@@ -237,6 +241,26 @@ def _forecast(
             forecast.expected_units - use.cap_units,
             use.name,
             f"{use.name}\n{use.cap_units}\n{today:%Y-%m}",
+        )
+
+
+def _balances(balances: Sequence[Balance], least_days: int, today: date) -> Iterator[SpendWarning]:
+    for one in balances:
+        expected = one.run_out.expected if one.run_out else None
+        until = today if one.units <= 0 else expected
+        if not one.is_used or until is None or (until - today).days >= least_days:
+            continue
+        left = f"{credits_words(one.units)} left, {run_out_words(one.run_out, today)}"
+        name = f"account {one.account}" if len(balances) > 1 else "account"
+        yield SpendWarning(
+            WarningKind.CREDITS_RUN_OUT,
+            f"The {name} has {'no credits left' if one.units <= 0 else left}.",
+            today,
+            today,
+            "Top up, or request fewer images: what the account cannot pay stops a run.",
+            max(0, one.units),
+            one.account,
+            f"{one.account}\n{one.risen_on}",
         )
 
 

@@ -53,7 +53,7 @@ class Revisions:
     folders: tuple[Path, ...]
 
 
-REVISIONS: Final = Revisions(head="0015", folders=(Path(__file__).with_name("versions"),))
+REVISIONS: Final = Revisions(head="0016", folders=(Path(__file__).with_name("versions"),))
 
 
 def revision(connection: Connection) -> str | None:
