@@ -91,9 +91,7 @@ def _make(
     backend: Backend, storage: Storage, month: str, closed: Sequence[ClosedMonth], now: datetime
 ) -> ClosedMonth:
     """Write the files of a statement. They count once the journal has them."""
-    if changed := changed_statements(storage, closed, endings=(".parquet",)):
-        raise ConfigError(f"{month} was not closed: {changed[0]}")
-    earlier = [_read(storage, one) for one in closed]
+    earlier = read_statements(storage, closed)
     columns = ["quality", *backend.settings.spend_by]
     with closing(open_tables(storage, manifest=bool(backend.settings.spend_by))) as duck:
         _check_order(duck, month, closed)
@@ -133,9 +131,15 @@ def _check_order(duck: DuckDB, month: str, closed: Sequence[ClosedMonth]) -> Non
         )
 
 
-def _read(storage: Storage, one: ClosedMonth) -> pa.Table:
-    with storage.open(f"{one.name}.parquet") as file:
-        return open_parquet(file).read()
+def read_statements(storage: Storage, closed: Sequence[ClosedMonth]) -> list[pa.Table]:
+    """Return the rows of closed months. Raises ConfigError for a file that is not as it was."""
+    if changed := changed_statements(storage, closed, endings=(".parquet",)):
+        raise ConfigError(changed[0])
+    tables = []
+    for one in closed:
+        with storage.open(f"{one.name}.parquet") as file:
+            tables.append(open_parquet(file).read())
+    return tables
 
 
 def _copy(storage: Storage, one: ClosedMonth, folder: Path) -> None:

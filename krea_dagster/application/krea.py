@@ -269,6 +269,38 @@ class Krea(Backend):
         period = SpendPeriod.of(since, until, month, zone or self.settings.timezone)
         return report_of(self, path, by=by, period=period)
 
+    def spend_focus(
+        self,
+        path: Path,
+        *,
+        since: date | None = None,
+        until: date | None = None,
+        month: str | None = None,
+        zone: str | None = None,
+    ) -> int:
+        """Write the charges of a period (see ``spend``) in the columns of FOCUS 1.2.
+
+        Args:
+            path: A file whose name ends with .csv or .parquet.
+            since: First day, UTC.
+            until: Last day.
+            month: One month, as ``YYYY-MM``, instead.
+            zone: Must be UTC.
+
+        Returns:
+            The number of rows.
+
+        Raises:
+            InputError: for another name, or another time zone.
+            ConfigError: for a malformed period, or a statement that was changed.
+            JournalError: if the journal cannot be read.
+        """
+        from krea_dagster.application.focus import write_focus
+        from krea_dagster.application.spend import SpendPeriod
+
+        period = SpendPeriod.of(since, until, month, zone or self.settings.timezone)
+        return write_focus(self, path, period)
+
     def acknowledge_warning(
         self, warning_id: str, reason: str | None, *, by: str
     ) -> SpendWarning | None:

@@ -98,6 +98,11 @@ _DAY: Final = click.DateTime(["%Y-%m-%d"])
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the report: one page with charts, tables and warnings; it needs no network.",
 )
+@click.option(
+    "--focus",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the charges in the columns of FOCUS 1.2, to a file .csv or .parquet.",
+)
 def spend_command(
     *,
     by: Sequence[str],
@@ -109,6 +114,7 @@ def spend_command(
     as_json: bool,
     as_csv: bool,
     html: Path | None,
+    focus: Path | None,
 ) -> None:
     """Say where the credits went: today, this month and in total, or by any column.
 
@@ -123,8 +129,7 @@ def spend_command(
         raise click.UsageError("--sql cannot be combined with --by, --since, --until or --month")
     if month is not None and (since or until):
         raise click.UsageError("--month excludes --since and --until")
-    if html is not None and (as_json or as_csv or sql):
-        raise click.UsageError("--html writes the report; it excludes --json, --csv and --sql")
+    _check_files(html, focus, others=bool(as_json or as_csv or sql), by=bool(by))
     krea = open_krea(reads_values=sql is not None)
     if sql is not None:
         answer = krea.spend_sql(sql, zone=zone)
@@ -139,6 +144,10 @@ def spend_command(
     if html is not None:
         show_report(html, krea.spend_report(html, by=by, **period))
         return
+    if focus is not None:
+        rows = krea.spend_focus(focus, **period)
+        out.print(f"{rows} {'row' if rows == 1 else 'rows'} in {escape(str(focus))}")
+        return
     spend = krea.spend(by, **period)
     if as_json:
         show_json(spend_figures(spend))
@@ -146,6 +155,13 @@ def spend_command(
         show_csv(spend)
     else:
         show_spend(spend)
+
+
+def _check_files(html: Path | None, focus: Path | None, *, others: bool, by: bool) -> None:
+    if html is not None and (others or focus):
+        raise click.UsageError("--html writes the report; it excludes --json, --csv and --sql")
+    if focus is not None and (others or by):
+        raise click.UsageError("--focus writes a file; it excludes --by, --json, --csv and --sql")
 
 
 def _is_subcommand() -> bool:

@@ -130,7 +130,12 @@ def test_the_commands_print_what_the_page_says(
     monkeypatch.chdir(tmp_path)
     titles = [title for title, _, _ in COMMANDS]
     last = "Closing a month"
-    assert titles == ["Refunds, and credits bought or given", "Acknowledge a warning", last]
+    assert titles == [
+        "Refunds, and credits bought or given",
+        "Acknowledge a warning",
+        last,
+        "FOCUS",
+    ]
     for title, commands, said in COMMANDS:
         if title == last:
             october = int(datetime(2026, 10, 5, tzinfo=timezone.utc).timestamp()) * 1_000_000

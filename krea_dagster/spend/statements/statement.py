@@ -26,15 +26,21 @@ from krea_dagster.spend.text import rounded
 
 _TEXTS: Final = (
     *("task_id", "prompt_id", "partition_key", "run_id", "quality", "size", "outcome"),
-    *("attributes", "tags", "reference", "note", "paid_currency"),
+    *("attributes", "tags", "reference", "note", "paid_currency", "of_month"),
 )
+_MEANINGS: Final = {
+    "reference": "Reference of the entry",
+    "note": "Note of the entry",
+    "paid_currency": "Currency of paid",
+    "of_month": "UTC month of the purchase that it is, or that an entry belongs to",
+}
 _COLUMNS: Final[tuple[tuple[str, pa.DataType, str], ...]] = (
     ("month", pa.string(), "UTC month that the row is about, such as 2026-10"),
     ("adjusts", pa.bool_(), "Whether it changes what earlier statements say of an earlier month"),
     ("kind", pa.string(), "purchase, top-up, promotion, refund or correction"),
     ("fact_id", pa.string(), "Idempotency-Key of the purchase, or id of the entry"),
     ("day", pa.date32(), "UTC day of the purchase; day of the entry"),
-    *((name, pa.string(), "As in the ledger, or in the entries") for name in _TEXTS),
+    *((name, pa.string(), _MEANINGS.get(name, "As in the ledger")) for name in _TEXTS),
     ("credits_charged", CREDITS, "Credits charged; of an adjustment the change"),
     ("credits_refunded", CREDITS, "Credits refunded, and corrections; or the change"),
     ("credits_bought", CREDITS, "Credits bought"),
@@ -60,12 +66,13 @@ _FACTS: Final = f"""
     CREATE TEMP VIEW facts AS
     SELECT strftime(day, '%Y-%m') AS month, 'purchase' AS kind, idempotency_key AS fact_id, day,
         task_id, prompt_id, partition_key, run_id, quality, size, outcome, attributes, tags,
-        credits_charged, credits_unknown, credit_price
+        credits_charged, credits_unknown, credit_price, strftime(day, '%Y-%m') AS of_month
     FROM ledger
     UNION ALL BY NAME
     SELECT strftime(entries.day, '%Y-%m') AS month, kind, entry_id AS fact_id, entries.day,
         task_id, prompt_id, partition_key, run_id, quality, size, attributes, tags,
-        reference, note, paid, entries.currency AS paid_currency,
+        strftime(ledger.day, '%Y-%m') AS of_month, reference, note, paid,
+        entries.currency AS paid_currency,
         if({CHANGES_CHARGE}, credits, 0) AS credits_refunded,
         if(counts_as = 'top-up', credits, 0) AS credits_bought,
         if(counts_as = 'promotion', credits, 0) AS credits_given,
@@ -99,7 +106,7 @@ def statement_rows(duck: DuckDB, month: str, earlier: Sequence[pa.Table]) -> pa.
     ``duck`` has the views of the spend tables in UTC, and ``facts``. Months that had no statement
     of their own before the last one are adjusted by this one.
     """
-    stated = pa.concat_tables([STATEMENT_SCHEMA.empty_table(), *earlier])
+    stated = pa.concat_tables([STATEMENT_SCHEMA.empty_table(), *earlier], promote_options="default")
     duck.register("stated_rows", stated)
     described = [one for one in STATEMENT_SCHEMA.names if one not in (*_KEYS, *_AMOUNTS, *_MADE)]
     keys = ", ".join(_KEYS)
