@@ -286,10 +286,7 @@ def show_spend(shown: Spend) -> None:
         out.print(_closed_words(shown.closed, *shown.since_closed))
     if shown.budgets:
         out.print(_budget_table(shown))
-    for one in shown.balances:
-        out.print(_balance_words(one, several=len(shown.balances) > 1))
-    if shown.lines and not shown.balances:
-        out.print("balance    not known: no run has read the account")
+    _show_balances(shown)
     show_warnings(shown.warnings[:_MOST_WARNINGS])
     if (more := len(shown.warnings) - _MOST_WARNINGS) > 0:
         out.print(f"and {more} more warnings: see --json")
@@ -324,12 +321,14 @@ def _closed_words(closed: ClosedMonth, charged_units: int, refunded_units: int) 
     )
 
 
-def _balance_words(balance: Balance, *, several: bool) -> str:
-    name = f"account {balance.account}: " if several else ""
-    left = f"{credits_text(balance.units)} credits left"
-    lasts = run_out_words(balance.run_out, datetime.now(timezone.utc).date())
-    read = f"read on {balance.read_at:%Y-%m-%d %H:%M} UTC"
-    return f"balance    {name}{left} {lasts}; {read}"
+def _show_balances(shown: Spend) -> None:
+    if shown.lines and not shown.balances:
+        out.print("balance    not known: no run has read the account")
+    today = datetime.now(timezone.utc).date()
+    for one in shown.balances:
+        name = f"account {one.account}: " if len(shown.balances) > 1 else ""
+        left = f"{credits_text(one.units)} credits left {run_out_words(one.run_out, today)}"
+        out.print(f"balance    {name}{left}; read on {one.read_at:%Y-%m-%d %H:%M} UTC")
 
 
 def _budget_table(shown: Spend) -> Table:
