@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 def trial_line(trial: TrialRows) -> str:
     """Return that a run or a quote is of some rows only."""
-    return f"A trial: {trial}. The same without limit and sample takes the others."
+    is_all = trial.rows == trial.of
+    others = "" if is_all else " The same without limit and sample takes the others."
+    return f"A trial: {trial}.{others}"
 
 
-def quote_line(quote: Quote, *, partitions: int, held: int = 0) -> str:
-    """Return what a run is about to do: rows, partitions, purchases, and their highest cost.
+def quote_line(quote: Quote, *, held: int = 0) -> str:
+    """Return what a run is about to do: rows, their partitions, purchases, and their highest cost.
 
     ``held`` images are not stored and not wanted now; a quote counts them as reused.
     """
@@ -50,6 +52,7 @@ def quote_line(quote: Quote, *, partitions: int, held: int = 0) -> str:
             f"{total.deferred:,} purchases of {credits_text(total.deferred_units)} credits "
             f"deferred: {quote.cap}"
         )
+    partitions = len(quote.by_partition())
     places = f"{partitions:,} partition{'' if partitions == 1 else 's'}"
     return f"{total.asked:,} images in {places}: {', '.join(parts)}."
 

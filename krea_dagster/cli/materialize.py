@@ -187,7 +187,7 @@ def _materialize(
         from krea_dagster.plugin.materialize import materialize
 
     if settings.synthetic:
-        say_synthetic()
+        say_synthetic(settings)
     with run_shown() as listener:
         done = materialize(settings, partitions, options, listener=listener)
     where = redact.location(settings.storage)

@@ -21,6 +21,7 @@ from krea_dagster.application.run_text import rate_text
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
+    from krea_dagster.application.settings import Settings
     from krea_dagster.engine.run.report import Progress
 
 #: Seconds between two lines of progress without a terminal.
@@ -30,14 +31,16 @@ out: Final = Console(highlight=False, soft_wrap=True)
 err: Final = Console(stderr=True, highlight=False)
 
 
-def say_synthetic() -> None:
+def say_synthetic(settings: Settings) -> None:
     """Warn that the images are not Krea's."""
     from rich.panel import Panel
+
+    how = "Set" if settings.emulator else "Unset EVOLINK_BASE_URL and set"
 
     err.print(
         Panel(
             "The images are [bold]synthetic[/]: they come from an emulator on this machine, and "
-            "nothing is charged.\nSet EVOLINK_API_KEY to buy real ones from EvoLink.",
+            f"nothing is charged.\n{how} EVOLINK_API_KEY to buy real ones from EvoLink.",
             title="EMULATOR",
             border_style="yellow",
             expand=False,

@@ -18,7 +18,8 @@ from krea_dagster.spend.quote import Quote, QuoteLine
 
 
 def quote_of(counts: dict[str, Any], cap: str | None = None) -> Quote:
-    return Quote((QuoteLine("bucket-000", "1K", **counts),), {}, cap=cap)
+    others = (QuoteLine("bucket-000", "2K"), QuoteLine("bucket-001", "1K"))
+    return Quote((QuoteLine("bucket-000", "1K", **counts), *others), {}, cap=cap)
 
 
 @pytest.mark.parametrize(
@@ -26,16 +27,16 @@ def quote_of(counts: dict[str, Any], cap: str | None = None) -> Quote:
     [
         (
             {"asked": 600, "reused": 354, "to_buy": 246, "purchases": 246, "units": 1_107_000},
-            "600 images in 8 partitions: 354 stored already, 246 to buy for at most 110.7 credits.",
+            "600 images in 2 partitions: 354 stored already, 246 to buy for at most 110.7 credits.",
         ),
         (
             {"asked": 2, "reused": 2},
-            "2 images in 8 partitions: 2 stored already, none to buy.",
+            "2 images in 2 partitions: 2 stored already, none to buy.",
         ),
         (
             {"asked": 3, "to_buy": 3, "purchases": 2, "units": 9_000},
             (
-                "3 images in 8 partitions: 0 stored already, 3 to buy in 2 purchases for at most "
+                "3 images in 2 partitions: 0 stored already, 3 to buy in 2 purchases for at most "
                 "0.9 credits."
             ),
         ),
@@ -43,7 +44,7 @@ def quote_of(counts: dict[str, Any], cap: str | None = None) -> Quote:
             {"asked": 5, "taken_up": 1, "refetched": 1, "held": 1, "ended": 2,
              "at_stake": 1, "at_stake_units": 4_500},
             (
-                "5 images in 8 partitions: 0 stored already, none to buy, 2 paid for and to be "
+                "5 images in 2 partitions: 0 stored already, none to buy, 2 paid for and to be "
                 "fetched, 1 with an unknown outcome (at most 0.45 credits), 2 failed before and "
                 "not bought again."
             ),
@@ -53,19 +54,19 @@ def quote_of(counts: dict[str, Any], cap: str | None = None) -> Quote:
 def test_the_first_line_says_what_will_be_bought_and_its_cost_at_most(
     counts: dict[str, int], line: str
 ) -> None:
-    assert quote_line(quote_of(counts), partitions=8) == line
+    assert quote_line(quote_of(counts)) == line
 
 
 def test_images_that_are_held_back_are_not_said_to_be_stored() -> None:
-    line = quote_line(quote_of({"asked": 5, "reused": 5}), partitions=1, held=3)
-    assert line == "5 images in 1 partition: 2 stored already, none to buy, 3 held back."
+    line = quote_line(quote_of({"asked": 5, "reused": 5}), held=3)
+    assert line == "5 images in 2 partitions: 2 stored already, none to buy, 3 held back."
 
 
 def test_the_first_line_names_the_cap_that_defers_purchases() -> None:
     counts = {"asked": 4, "to_buy": 4, "purchases": 4, "units": 18_000}
     deferred = {"deferred": 3, "deferred_units": 13_500}
     quote = quote_of({**counts, **deferred}, "the day's cap is used up")
-    assert quote_line(quote, partitions=1).endswith(
+    assert quote_line(quote).endswith(
         ", 3 purchases of 1.35 credits deferred: the day's cap is used up."
     )
 

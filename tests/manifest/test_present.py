@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from krea_dagster import Curation, ExportSpec, Krea, PromptTable
+from krea_dagster.application.buy_options import BuyOptions
 from krea_dagster.application.present_partitions import origin_of
 from krea_dagster.curation.gallery.filter import GalleryFilter
 from krea_dagster.errors import ConfigError
@@ -93,7 +94,15 @@ def test_a_partition_whose_rows_all_left_the_table_is_in_no_view(
     notes = [one for one in krea.verify().findings if one.kind is FindingKind.NOT_ASKED_ANY_MORE]
     texts = [one.text for one in notes]
     assert len(texts) == 1
-    assert texts[0].startswith("p3 (y): 0.45 credits paid")
+    assert texts == ["p3 (y): 0.45 credits paid, and no row requests it any more"]
+
+
+def test_an_image_that_was_replaced_is_said_to_be(krea: Krea) -> None:
+    krea.run()
+    krea.run(options=BuyOptions(regenerate=["p3"]))
+    (note,) = krea.verify().findings
+    assert note.kind is FindingKind.NOT_ASKED_ANY_MORE
+    assert note.text == "p3 (y): 0.45 credits paid, and another image has replaced it"
 
 
 def test_a_row_that_left_its_partition_is_no_longer_among_the_accepted_images(

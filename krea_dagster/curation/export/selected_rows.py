@@ -30,6 +30,7 @@ from krea_dagster.curation.export.table_batches import EarlierTable, JudgedTable
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import no_column, table_name, table_names
+from krea_dagster.parquet_files import open_parquet
 
 #: Columns that are only meaningful in the storage root, and are exported only if they are named.
 LEFT_OUT: Final = ("status", "image_path", "reused", "error_code", "error_message")
@@ -51,6 +52,7 @@ _NEEDED: Final = (
     "credits_charged",
     "stored_at",
 )
+
 #: Columns that the card uses if they are there.
 _USED: Final = ("verdict",)
 
@@ -209,17 +211,27 @@ def _tables(
 def left_out_partitions(
     storage: Storage, spec: ExportSpec, folders: Sequence[str] = ()
 ) -> list[str]:
-    """Return the partitions with a manifest that have no accepted images, so that none is exported.
+    """Return the partitions with images that have no accepted ones, so that none is exported.
 
     None are left out where partitions were chosen.
     """
     if spec.everything or spec.partitions is not None:
         return []
-    files = [
-        {name.rpartition("/")[2].removesuffix(".parquet") for name in table_names(*args)}
-        for args in ((storage, "manifest", folders), (storage, "accepted", folders))
+    accepted = {_stem(name) for name in table_names(storage, "accepted", folders)}
+    missing = [
+        name for name in table_names(storage, "manifest", folders) if _stem(name) not in accepted
     ]
-    return sorted(files[0] - files[1])
+    return sorted(_stem(name) for name in missing if _has_image(storage, name))
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2].removesuffix(".parquet")
+
+
+def _has_image(storage: Storage, name: str) -> bool:
+    with storage.open(name) as file:
+        images = open_parquet(file).read(["image_sha256"])["image_sha256"]
+    return bool(images.null_count < len(images))
 
 
 def _exported_names(spec: ExportSpec, columns: Sequence[str], edits: ImageEdits) -> list[str]:

@@ -348,7 +348,7 @@ class _ImagesStep:
         with as_failure():
             state = batch.state(krea, self.spend_by)
             quote = quote_images(krea, state, retry_errors=config.retry_errors)
-            log.say(quote_line(quote, partitions=len(batch.plan.keys), held=state.held_back))
+            log.say(quote_line(quote, held=state.held_back))
             report = buy_batch(
                 krea,
                 batch,
@@ -376,9 +376,7 @@ class _ImagesStep:
             yield
         except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
             state = batch.state(krea)
-            next_run = quote_line(
-                quote_images(krea, state), partitions=len(batch.plan.keys), held=state.held_back
-            )
+            next_run = quote_line(quote_images(krea, state), held=state.held_back)
             log.say(cancel_line(log.last, next_run))
             intact = state.by_partition(state.intact)
             if whole := [key for key in batch.plan.keys if intact[key].all()]:
@@ -492,7 +490,17 @@ def rewrite_manifests(
 
 
 def partition_keys_of(context: dg.AssetExecutionContext) -> list[str]:
-    """Return the partition keys of a step as plain strings: Dagster subclasses some."""
+    """Return the partition keys of a step as plain strings: Dagster subclasses some.
+
+    Raises dg.Failure for a run of no partition.
+    """
+    if not context.has_partition_key_range and not context.has_partition_key:
+        raise dg.Failure(
+            "this asset has partitions, and the run names none. Nothing was bought. Choose "
+            "partitions in the launchpad, or give --partition or --partition-range; a job of the "
+            "command line takes the tags dagster/asset_partition_range_start and …_end.",
+            allow_retries=False,
+        )
     return [str(key) for key in context.partition_keys]
 
 

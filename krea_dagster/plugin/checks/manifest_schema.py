@@ -83,7 +83,7 @@ def _check(manifests: CheckedManifests) -> dg.AssetCheckResult:
         description=(
             f"{bad} violations of the manifest's schema in {rows} rows: {findings.named()}"
             if bad
-            else f"{rows} rows in {len(manifests.names)} manifests match the schema."
+            else f"The schema matches in {rows} rows of {len(manifests.names)} manifest files."
         ),
         metadata={**common_metadata(manifests, rows), **findings.metadata()},
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Final
 
 import pyarrow as pa
@@ -52,6 +53,11 @@ class ListedRows:
         key = record.request_key
         row = self.rows_of.get(key) or self.earlier.get(key)
         return row or f"request {record.request_key[:12]} ({record.partition_key})"
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The rows that are listed now."""
+        return frozenset(self.rows_of.values())
 
     def has_left(self, record: Record) -> bool:
         """Return whether a manifest was written without an image that was stored.

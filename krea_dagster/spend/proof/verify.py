@@ -257,12 +257,10 @@ class _JournalCheck:
         if record.request_key in self._listed.rows_of or record.table_id in self._generated:
             return
         if self._listed.has_left(record):
-            self._find(
-                FindingKind.NOT_ASKED_ANY_MORE,
-                record,
-                f"{_credits(units)} paid, and the prompt table does not request it any more",
-                units,
-            )
+            was_replaced = self._listed.earlier.get(record.request_key) in self._listed.names
+            why = "another image has replaced it" if was_replaced else "no row requests it any more"
+            text = f"{_credits(units)} paid, and {why}"
+            self._find(FindingKind.NOT_ASKED_ANY_MORE, record, text, units)
             return
         self._find(
             FindingKind.NOT_LISTED,

@@ -742,6 +742,7 @@ def test_partitions_without_accepted_images_are_named(project: ExportProject, to
     project.write_accepted(project.rows(2), "a")
     for key, begin in (("a", 0), ("b", 2), ("c", 4)):
         project.write_listed(project.rows(2, begin), key)
+    project.write_listed([], "no rows")
     exported = done(project, to)
     assert exported.summary()["partitions_left_out"] == ["b", "c"]
     card = (Path(exported.path) / "README.md").read_text()

@@ -203,7 +203,7 @@ def test_what_the_table_does_not_ask_for_any_more_stays_accounted_for(
     proof = changed.prove()
     assert proof.adds_up
     assert kinds(proof) == ["not_asked_any_more"]
-    assert "0.45 credits paid, and the prompt table does not request it" in proof.findings[0].text
+    assert "0.45 credits paid, and no row requests it any more" in proof.findings[0].text
     assert proof.findings[0].request_key == bought_project.records()[name].request_key
 
 
