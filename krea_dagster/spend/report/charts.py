@@ -10,6 +10,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
+from itertools import pairwise
 from math import ceil, floor, log10
 from typing import Final
 
@@ -27,6 +28,9 @@ _HEIGHTS: Final = {"wide": 300, "middle": 280, "narrow": 240}
 _TOP: Final = 34
 _BOTTOM: Final = 26
 _RIGHT: Final = 10
+#: Most days that are cut, and days from which on some are.
+_MOST_CUT: Final = 4
+_LEAST_FOR_CUT: Final = 14
 #: Width of a letter in the chart, in pixels.
 _LETTER: Final = 7.2
 
@@ -78,7 +82,8 @@ class _Plot:
     def y(self, units: float) -> float:
         """Return the height of an amount."""
         inner = self.height - _TOP - _BOTTOM
-        return round(self.height - _BOTTOM - inner * units / UNITS_PER_CREDIT / self.top, 2)
+        shown = min(units / UNITS_PER_CREDIT, self.top)
+        return round(self.height - _BOTTOM - inner * shown / self.top, 2)
 
     def text(self, x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> None:
         self.elements.append(svg_text(x, y, words, kind, anchor))
@@ -143,9 +148,15 @@ def svg_text(x: float, y: float, words: str, kind: str = "", anchor: str = "star
 def daily_chart(
     days: Sequence[Period], caps: Sequence[BudgetMark], labels: Sequence[DayLabel], label: str
 ) -> list[str]:
-    """Draw credits by day as bars, at stake on top of charged, with the budgets and some labels."""
-    start, end = days[0].start, max(days[-1].start, days[0].start + timedelta(days=6))
-    most = max(period.line.committed_units for period in days)
+    """Draw credits by day as bars, at stake on top of charged, with the budgets and some labels.
+
+    A few days far above the others are cut, and labelled.
+    """
+    start, end = min(days[0].start, days[-1].start - timedelta(days=6)), days[-1].start
+    most = _most_shown(days)
+    cut = [period for period in days if period.line.committed_units > most]
+    is_cut = {period.start for period in cut}
+    labels = [*map(_cut_label, cut), *(one for one in labels if one.day not in is_cut)]
     # A budget far above the bars would flatten them.
     near = [cap.units for cap in caps if cap.units <= 3 * most]
     images = []
@@ -155,6 +166,9 @@ def daily_chart(
         for kind in ("charged", "stake"):
             bars = [_bar(plot, period, kind, width) for period in days]
             plot.elements.append(svg.Path(d=[part for bar in bars for part in bar], class_=[kind]))
+        for period in cut:
+            x, y = plot.x(period.start), plot.y(period.line.committed_units) + 14
+            plot.line(x - 3, y, x + width + 3, y - 6, "cut")
         plot.caps(caps)
         _label(plot, labels, {period.start: period for period in days})
         if size == "wide":
@@ -272,6 +286,20 @@ def _clipped(
     return right, here[1] + (base - here[1]) * share
 
 
+def _most_shown(days: Sequence[Period]) -> int:
+    """Return the highest amount that a chart of days shows: a few far above the others are cut."""
+    units = sorted((period.line.committed_units for period in days), reverse=True)
+    for count, (higher, lower) in enumerate(pairwise(units[: _MOST_CUT + 1]), start=1):
+        if len(units) >= _LEAST_FOR_CUT and 0 < lower * 3 < higher:
+            return units[count] * 3 // 2
+    return units[0]
+
+
+def _cut_label(period: Period) -> DayLabel:
+    day, units = period.start, period.line.committed_units
+    return DayLabel(day, f"{day.day} {day:%b}: {amount(units)}, bar cut")
+
+
 def _bar(plot: _Plot, period: Period, kind: str, width: float) -> list[svg.PathData]:
     line = period.line
     low = 0 if kind == "charged" else line.charged_units
@@ -343,6 +371,9 @@ def _tick_text(tick: float, ticks: Sequence[float]) -> str:
 def _dates(start: date, days: int, size: str) -> list[tuple[date, str]]:
     """Return the days that are labelled under the chart, with their labels."""
     every = [start + timedelta(days=number) for number in range(days)]
+    if days <= 7:
+        chosen = every[::-2] if size == "narrow" else every[::-1]
+        return [(day, f"{day.day} {day:%b}") for day in chosen]
     if days <= 45:
         step = {"wide": 3, "middle": 5, "narrow": 8}[size]
         chosen = [day for number, day in enumerate(every[:-1]) if number % step == 0]

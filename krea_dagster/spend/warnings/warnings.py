@@ -100,6 +100,7 @@ class SpendWarning:
         units: The money in question, in 1/10,000 credits.
         about: The partition, quality, error code or budget concerned; empty: all.
         subject: What identifies it among those of its kind; by default ``about`` and ``since``.
+        used_share: Of a budget, the used share of it.
         acknowledgement: Why it is expected, if a person has said so: then it is not posted.
     """
 
@@ -111,6 +112,7 @@ class SpendWarning:
     units: int = 0
     about: str = ""
     subject: str = ""
+    used_share: float = 0.0
     acknowledgement: Acknowledgement | None = None
 
     @property
@@ -217,6 +219,7 @@ def _budgets(uses: Sequence[BudgetUse], today: date, now: datetime) -> Iterator[
             use.used_units,
             use.name,
             f"{use.name}\n{use.cap_units}\n{period}",
+            share,
         )
 
 

@@ -191,12 +191,12 @@ def test_every_sum_that_is_printed_is_the_ledger_s_to_the_last_unit(
     ]
     for table in ("months", "days", "cost"):
         assert sum(page.units(table, 1)) == total
-        assert sum(page.units(table, 2)) == stake
+        assert sum(page.units(table, 5)) == stake
     assert sum(page.units("month-days", 1)) == units("credits_charged", in_month)
     for table in ("by-1", "by-2", "by-3"):
         *lines, footing = page.units(table, 1)
         assert sum(lines) == footing == total
-        *lines, footing = page.units(table, 2)
+        *lines, footing = page.units(table, 5)
         assert sum(lines) == footing == stake
     for cells, values in zip(page.tables["by-2"][1:-1], page.exact["by-2"][1:-1], strict=True):
         name = None if cells[0] == "(none)" else cells[0]
@@ -211,7 +211,7 @@ def test_every_sum_that_is_printed_is_the_ledger_s_to_the_last_unit(
     if "outcomes" in page.tables:
         beside = lambda row: row["outcome"] != "delivered"  # noqa: E731 - one of many such
         assert sum(page.units("outcomes", 1)) == units("credits_charged", beside)
-        assert sum(page.units("outcomes", 2)) == stake
+        assert sum(page.units("outcomes", 3)) == stake
     for cells, values in zip(
         page.tables.get("prompts", [])[1:], page.exact.get("prompts", [])[1:], strict=True
     ):
@@ -246,7 +246,7 @@ def test_accepted_are_delivered_and_not_replaced() -> None:
     kinds = ("delivered", "delivered", "replaced", "failed")
     tables = tables_from([(3, kind, 4_500, "1K", "1:1", 1, 1, None, False) for kind in kinds])
     (day,) = report(tables).tables["days"][1:]
-    assert day == ["4 Jan 2025", "1.35", "0.00", "4", "2", "0.6750"]
+    assert day == ["4 Jan 2025", "1.35", "2", "0.6750", "4", "0.00"]
 
 
 # -- safe -------------------------------------------------------------------------------------
@@ -331,6 +331,67 @@ def test_a_report_on_nothing_says_so() -> None:
 def test_one_purchase_at_any_time_makes_a_report(day: int) -> None:
     tables = tables_from([(day, "delivered", 4_500, "1K", "1:1", 1, 1, None, False)])
     assert sum(report(tables).units("days", 1)) == 4_500
+
+
+def test_the_columns_that_matter_most_come_first_and_nothing_is_no_bar() -> None:
+    """A phone shows four columns without scrolling."""
+    page = io.BytesIO()
+    bought = (3, "delivered", 4_500, "1K", "1:1", 1, 1, None, False)
+    failed = (3, "failed", 4_500, "1K", "1:1", 2, 2, None, False)
+    write_report(tables_from([bought, failed]), page, now=NOW)
+    text = page.getvalue().decode()
+    heads = Page(text).tables["by-2"][0]
+    assert heads == [
+        *("Partition", "Charged,credits", "Acceptedimages", "Credits peraccepted", "Purchases"),
+        "At stake,credits",
+    ]
+    ((_, row),) = re.findall(r"(part-2)(.*?)</tr>", text, re.DOTALL)
+    assert 'class="bar"' not in row
+
+
+def chart_of(days: Mapping[int, int]) -> str:
+    """The chart of days by their number, as it is drawn on a desk."""
+    tables = tables_from(
+        [(day, "delivered", units, "1K", "1:1", 1, 1, None, False) for day, units in days.items()]
+    )
+    page = io.BytesIO()
+    write_report(tables, page, now=NOW)
+    charts = re.findall(r"<svg[^>]*chart wide.*?</svg>", page.getvalue().decode(), re.DOTALL)
+    return str(charts[0])
+
+
+def words_of(chart: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", chart)
+
+
+def test_a_runaway_day_is_cut_and_labelled_so_that_the_others_are_seen() -> None:
+    usual = {day: 100_000 + 1_000 * day for day in range(60)}
+    words = words_of(chart_of(usual | {30: 50_000_000}))
+    assert "31 Jan: 5,000.00, bar cut" in words
+    assert (
+        max(float(word.replace(",", "")) for word in words if word[0].isdigit() and " " not in word)
+        <= 40
+    )
+    whole = words_of(chart_of(usual | {30: 400_000}))
+    assert not [word for word in whole if "bar cut" in word], "two and a half times is not cut"
+
+
+def test_the_axis_of_a_few_days_ends_with_the_last_of_them() -> None:
+    words = words_of(chart_of({40: 4_500}))
+    assert [word for word in words if " " in word] == [
+        "10 Feb", "9 Feb", "8 Feb", "7 Feb", "6 Feb", "5 Feb", "4 Feb"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cap", "dot"), [(0.44, "warning"), (0.25, "far")])
+def test_a_budget_far_beyond_its_cap_looks_worse_than_one_just_beyond_it(
+    cap: float, dot: str
+) -> None:
+    page = io.BytesIO()
+    tables = tables_from([(78, "delivered", 4_500, "1K", "1:1", 1, 1, None, False)])
+    write_report(tables, page, now=NOW, soft=[Budget.parse(f"day={cap}")])
+    (looks,) = re.findall(r'<li id="[0-9a-f]+" class="(\w+)">', page.getvalue().decode())
+    assert looks == dot
 
 
 def test_many_partitions_are_summed_up_in_one_line() -> None:
