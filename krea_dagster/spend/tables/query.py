@@ -29,7 +29,7 @@ from krea_dagster.spend.tables.daily import DAILY_SCHEMA, FAILURES_SCHEMA
 from krea_dagster.spend.tables.entries import ENTRIES_NAME, ENTRIES_SCHEMA
 from krea_dagster.spend.tables.ledger import LEDGER_SCHEMA
 from krea_dagster.spend.tables.measures import ENTRY_SUMS, selected
-from krea_dagster.spend.tables.sql import DuckDB, Parts, at_purchase, quoted, units_of
+from krea_dagster.spend.tables.sql import DuckDB, Parts, at_purchase, quoted, text_literal, units_of
 from krea_dagster.spend.tables.views import PARTITION, PARTITION_SQL, SpendTables, Table
 from krea_dagster.spend.text import unique_names
 
@@ -110,9 +110,7 @@ _NAMES: Final = tuple(
     _MEASURES.get(name, f"credits_{name[:-6]}" if name.endswith("_units") else name)
     for name in FIGURES
 )
-#: The sums at each price, and those of them. Every figure of a line can be added up.
 _SUMS: Final = selected(_NAMES)
-_TOTALS: Final = ", ".join(f"coalesce(sum({name}), 0)" for name in _NAMES)
 
 
 def stored_tables(storage: Storage, *, manifest: bool = True) -> SpendTables:
@@ -190,24 +188,26 @@ def sums(
     only the lines with the highest commitment, the highest first. Raises ConfigError.
     """
     source, names = _grouping(duck, by)
-    inner = "".join(f"CAST({name} AS VARCHAR) AS key_{at}, " for at, name in enumerate(names))
-    keys = "".join(f"key_{at}, " for at in range(len(by)))
+    keys = "".join(f"CAST({name} AS VARCHAR) AS key_{at}, " for at, name in enumerate(names))
     order = ", ".join(f"key_{at}" for at in range(len(by)))
     grouped = f"GROUP BY {order} ORDER BY {order}" if by else ""
     if by and most is not None:
-        grouped = f"GROUP BY {order} ORDER BY sum(credits_committed) DESC, {order} LIMIT {most}"
+        grouped = f"GROUP BY {order} ORDER BY credits_committed DESC, {order} LIMIT {most}"
     low, high = since or date(1970, 1, 1), until or date(9999, 12, 31)
+    prices = duck.sql("SELECT DISTINCT credit_price FROM charges ORDER BY ALL").fetchall()
+    texts = [text for (text,) in prices if text is not None]
+    # One price, as there mostly is, needs no sums of its own.
+    at_prices = "".join(
+        f", sum({name}) FILTER (credit_price = {text_literal(text)})"
+        for text in texts[: 0 if len(texts) == 1 else None]
+        for name in ("credits_charged", "credits_refunded")
+    )
     found = duck.execute(
-        f"""
-        SELECT {keys}{_TOTALS}, list((credit_price, credits_charged, credits_refunded))
-        FROM (
-            SELECT {inner}credit_price, {_SUMS} FROM {source}
-            WHERE day BETWEEN ? AND ? AND ({where}) GROUP BY ALL
-        ) {grouped}
-        """,
+        f"SELECT {keys}{_SUMS}{at_prices} FROM {source} "
+        f"WHERE day BETWEEN ? AND ? AND ({where}) {grouped}",
         [low, high],
     ).fetchall()
-    return [_line(row, len(by)) for row in found]
+    return [_line(row, len(by), texts) for row in found]
 
 
 @dataclass(frozen=True)
@@ -237,17 +237,25 @@ def entry_sums(duck: DuckDB, since: date | None = None, until: date | None = Non
     return EntrySums(bought, given, refunded, alone, paid_units)
 
 
-def _line(row: Sequence[Any], keys: int) -> SpendLine:
-    figures = (
+def _line(row: Sequence[Any], keys: int, prices: Sequence[str]) -> SpendLine:
+    end = keys + len(FIGURES)
+    figures = [
         units_of(value) if name.endswith("_units") else int(value)
-        for name, value in zip(FIGURES, row[keys:-1], strict=True)
-    )
-    by_price = (
-        (price, units_of(charged), units_of(refunded))
-        for price, charged, refunded in row[-1] or ()
-        if price is not None
-    )
-    return SpendLine(tuple(row[:keys]), *figures, by_price=tuple(sorted(by_price)))
+        for name, value in zip(FIGURES, row[keys:end], strict=True)
+    ]
+    by_price = [(text, figures[_CHARGED_AT], figures[_REFUNDED_AT]) for text in prices]
+    if len(prices) > 1:
+        pairs = zip(prices, row[end::2], row[end + 1 :: 2], strict=True)
+        by_price = [
+            (text, units_of(charged), units_of(refunded))
+            for text, charged, refunded in pairs
+            if charged is not None or refunded is not None
+        ]
+    return SpendLine(tuple(row[:keys]), *figures, by_price=tuple(by_price))
+
+
+_CHARGED_AT: Final = FIGURES.index("charged_units")
+_REFUNDED_AT: Final = FIGURES.index("refunded_units")
 
 
 def _grouping(duck: DuckDB, by: Sequence[str]) -> tuple[str, list[str]]:

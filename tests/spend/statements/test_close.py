@@ -140,7 +140,9 @@ def test_what_comes_later_is_an_adjustment_in_the_next_statement_and_said_of_its
 
 
 def test_a_statement_that_was_changed_is_noticed(months: ProjectHarness, shell: Shell) -> None:
+    before = kinds(months.prove())
     shell("close", "2026-09")
+    assert kinds(months.prove()) == before
     assert "Every statement is as it was" in shell("close", "--check")
     (page,) = (months.folder / "krea" / "statements").glob("*.html")
     (rows,) = (months.folder / "krea" / "statements").glob("*.parquet")
