@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from krea_dagster.plugin.sensors.spend_alerts import build_spend_alerts
     from krea_dagster.plugin.tables import build_krea_tables
     from krea_dagster.prompts import Defaults, PromptTable, SqlTable
-    from krea_dagster.spend.warnings.warnings import SpendWarning
+    from krea_dagster.spend.warnings.spend_warning import SpendWarning
 
 __all__ = [
     "BuyOptions",
@@ -93,7 +93,7 @@ _MODULES: Final = {
     "Measure": "curation.measures.custom",
     "PromptTable": "prompts",
     "Settings": "application.settings",
-    "SpendWarning": "spend.warnings.warnings",
+    "SpendWarning": "spend.warnings.spend_warning",
     "SqlTable": "prompts",
     "build_failure_share_check": "plugin.checks",
     "build_files_check": "plugin.checks",

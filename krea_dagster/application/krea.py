@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from krea_dagster.engine.record import Record
     from krea_dagster.engine.run.report import RunReport
     from krea_dagster.spend.proof.findings import Proof, ProofFigures
-    from krea_dagster.spend.warnings.warnings import SpendWarning
+    from krea_dagster.spend.warnings.spend_warning import SpendWarning
 
 _OnProgress = Callable[[Progress], None]
 

@@ -37,7 +37,7 @@ from krea_dagster.spend.tables.update import SpendUpdate, update_spend
 from krea_dagster.spend.tables.views import is_utc
 from krea_dagster.spend.warnings.budgets import BudgetLine, budget_lines, hard_budgets
 from krea_dagster.spend.warnings.history import Balance, SpendHistory
-from krea_dagster.spend.warnings.warnings import SpendWarning
+from krea_dagster.spend.warnings.spend_warning import SpendWarning
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from datetime import date, datetime, timezone
 
 from krea_dagster.application.backend import Backend
 from krea_dagster.engine.journal.owners import new_owner
-from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind
+from krea_dagster.spend.warnings.spend_warning import SpendWarning, WarningKind
 
 
 @dataclass

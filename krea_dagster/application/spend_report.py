@@ -12,7 +12,7 @@ from krea_dagster.spend.proof.verify import account_proof
 from krea_dagster.spend.report.report import write_report
 from krea_dagster.spend.tables.query import prompt_texts, stored_tables
 from krea_dagster.spend.warnings.budgets import hard_budgets
-from krea_dagster.spend.warnings.warnings import SpendWarning
+from krea_dagster.spend.warnings.spend_warning import SpendWarning
 
 
 def report_of(

@@ -16,7 +16,8 @@ from krea_dagster.spend.tables.query import stored_tables
 from krea_dagster.spend.warnings.budgets import hard_budgets
 from krea_dagster.spend.warnings.history import SpendHistory
 from krea_dagster.spend.warnings.load_history import observe
-from krea_dagster.spend.warnings.warnings import SpendWarning, find_warnings
+from krea_dagster.spend.warnings.spend_warning import SpendWarning
+from krea_dagster.spend.warnings.warnings import find_warnings
 
 #: Days after its last day for which a warning is recent.
 RECENT_DAYS: Final = 7

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from krea_dagster.engine.journal.closed_month_log import ClosedMonth
     from krea_dagster.spend.tables.query import EntrySums, SpendLine
     from krea_dagster.spend.warnings.history import Balance
-    from krea_dagster.spend.warnings.warnings import SpendWarning
+    from krea_dagster.spend.warnings.spend_warning import SpendWarning
 
 _COUNTS: Final = (
     *("purchases", "delivered", "replaced", "accepted", "failed", "refused", "lost", "rejected"),

@@ -12,7 +12,7 @@ from krea_dagster.models import credits_from_units
 from krea_dagster.plugin.failures import as_failure
 from krea_dagster.plugin.metadata import small_table
 from krea_dagster.plugin.resource import krea_of
-from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind
+from krea_dagster.spend.warnings.spend_warning import SpendWarning, WarningKind
 
 #: What each check verifies, by its kind; the check's name is ``spend_`` and the kind.
 _DESCRIPTIONS: Final[Mapping[WarningKind, str]] = {

@@ -46,7 +46,8 @@ from krea_dagster.spend.warnings.forecast import Forecast, forecast_usual
 from krea_dagster.spend.warnings.history import BALANCE_DAYS, Balance
 from krea_dagster.spend.warnings.load_history import observe
 from krea_dagster.spend.warnings.run_out import run_out_words
-from krea_dagster.spend.warnings.warnings import SpendWarning, WarningKind, find_warnings
+from krea_dagster.spend.warnings.spend_warning import SpendWarning, WarningKind
+from krea_dagster.spend.warnings.warnings import find_warnings
 
 #: Most days that the chart of days shows, up to the last.
 CHART_DAYS: Final = 400

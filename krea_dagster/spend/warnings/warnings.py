@@ -1,37 +1,20 @@
-"""Find warnings: budgets, forecast, unusual days, prices, failures. Pure.
+"""Find warnings: budgets, forecast, balance, unusual spend, prices, failures. Pure.
 
 A finding about the past depends only on the days before it: a year read at its end has the same
-findings as a look on each day.
+findings as a look on each day. But a lower level that turns out to be a stop is then a stop.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import date, datetime, timedelta, timezone
-from decimal import Decimal
-from enum import Enum
+from dataclasses import replace
+from datetime import date, datetime, timezone
 from math import sqrt
-from statistics import median
 from typing import Final
 
-from krea_dagster.models import UNITS_PER_CREDIT, Acknowledgement
 from krea_dagster.spend.text import credits_words, day_words, rough
-from krea_dagster.spend.warnings.anomaly import (
-    LEARNING_DAYS,
-    LEAST_ACTIVE,
-    LEAST_EXCESS_UNITS,
-    LEVEL_DAYS,
-    THRESHOLD,
-    WINDOW_DAYS,
-    Anomaly,
-    find_new_levels,
-    find_stops,
-    find_unusual_days,
-    usual_of_peers,
-)
+from krea_dagster.spend.warnings.anomaly import LEARNING_DAYS, THRESHOLD, WINDOW_DAYS
 from krea_dagster.spend.warnings.forecast import Forecast, days_left, forecast_usual
 from krea_dagster.spend.warnings.history import (
     AccountUse,
@@ -42,6 +25,8 @@ from krea_dagster.spend.warnings.history import (
     SpendHistory,
 )
 from krea_dagster.spend.warnings.run_out import run_out_words
+from krea_dagster.spend.warnings.spend_warning import Level, SpendWarning, WarningKind, on_days
+from krea_dagster.spend.warnings.unusual import find_unusual
 
 #: Used share of a budget from which it is a warning.
 NEARLY_USED: Final = 0.8
@@ -58,79 +43,6 @@ TROUBLE_DEVIATIONS: Final = 6.0
 TROUBLE_POINTS: Final = 0.05
 #: Purchases without an image on a day from which they can be many.
 LEAST_TROUBLE: Final = 5
-#: Excess of a partition from which it is a warning, as a share of a whole day's usual spend.
-LEAST_PARTITION_SHARE: Final = 0.25
-#: Most days for which a stop is a warning: what has ended is not a fault.
-MOST_STOP_DAYS: Final = 28
-
-
-class WarningKind(str, Enum):
-    """The kinds of warnings. The text is shown by ``--json`` and in the check's name."""
-
-    ACCOUNT_DIFFERS = "account_differs"
-    BUDGET_USED = "budget_used"
-    FORECAST = "forecast"
-    CREDITS_RUN_OUT = "credits_run_out"
-    DAY_OUT_OF_HABIT = "day_out_of_habit"
-    PARTITION_OUT_OF_HABIT = "partition_out_of_habit"
-    STOPPED = "stopped"
-    LEVEL_CHANGED = "level_changed"
-    PRICE_CHANGED = "price_changed"
-    FAILURE_NEW = "failure_new"
-    FAILURES_HIGH = "failures_high"
-
-
-class Level(str, Enum):
-    """How bad a warning is."""
-
-    ERROR = "error"
-    WARNING = "warning"
-
-
-@dataclass(frozen=True)
-class SpendWarning:
-    """A sentence with figures, the first and last day that it was true, and what to do.
-
-    Attributes:
-        kind: What kind of warning it is.
-        text: The sentence.
-        since: The first day.
-        until: The last day.
-        advice: What to do, in a sentence.
-        units: The money in question, in 1/10,000 credits.
-        about: The partition, quality, error code or budget concerned; empty: all.
-        subject: What identifies it among those of its kind; by default ``about`` and ``since``.
-        used_share: Of a budget, the used share of it.
-        acknowledgement: Why it is expected, if a person has said so: then it is not posted.
-    """
-
-    kind: WarningKind
-    text: str
-    since: date
-    until: date
-    advice: str
-    units: int = 0
-    about: str = ""
-    subject: str = ""
-    used_share: float = 0.0
-    acknowledgement: Acknowledgement | None = None
-
-    @property
-    def warning_id(self) -> str:
-        """Ten characters that stay the same while the warning grows, on every machine."""
-        subject = self.subject or f"{self.about}\n{self.since}"
-        return hashlib.sha256(f"{self.kind.value}\n{subject}".encode()).hexdigest()[:10]
-
-    @property
-    def credits(self) -> Decimal:
-        """The money in question, in credits."""
-        return Decimal(self.units) / UNITS_PER_CREDIT
-
-    @property
-    def level(self) -> Level:
-        """An account that differs is an error; the rest are warnings."""
-        error = self.kind is WarningKind.ACCOUNT_DIFFERS
-        return Level.ERROR if error else Level.WARNING
 
 
 def find_warnings(
@@ -144,18 +56,12 @@ def find_warnings(
     today = now.astimezone(timezone.utc).date()
     spent = history.spent(today)
     grain_units = history.grain_units
-    days = find_unusual_days(spent, today, grain_units, threshold)
-    stops = find_stops(spent, today, threshold)
-    levels = find_new_levels(spent, today, grain_units, threshold, [*days, *stops])
     found = [
         *_account(history.account, today),
         *_budgets(history.budgets, today, now),
         *_forecast(history.budgets, forecast_usual(spent, today, grain_units), today),
         *_balances(history.balances, history.balance_days, today),
-        *(_day(history, anomaly) for anomaly in days),
-        *map(_stop, stops),
-        *map(_level, levels),
-        *_partitions(history, spent, days, threshold),
+        *find_unusual(history, today, threshold),
         *_prices(history.prices, today),
         *_new_failures(history, today),
         *_many_failures(history.days, today),
@@ -267,115 +173,6 @@ def _balances(balances: Sequence[Balance], least_days: int, today: date) -> Iter
         )
 
 
-def _day(history: SpendHistory, anomaly: Anomaly) -> SpendWarning:
-    return SpendWarning(
-        WarningKind.DAY_OUT_OF_HABIT,
-        f"{credits_words(anomaly.units)} {_on_days(anomaly)}{_times(anomaly)} the "
-        f"{credits_words(anomaly.usual_units)} that are usual{_mostly(history, anomaly)}.",
-        anomaly.since,
-        anomaly.until,
-        "`krea-dagster spend --by run_id` shows the run; a day's budget would stop it.",
-        anomaly.excess_units,
-    )
-
-
-def _stop(stop: Anomaly) -> SpendWarning:
-    days = len(stop.usual)
-    return SpendWarning(
-        WarningKind.STOPPED,
-        f"Nothing was bought on {days} days, {_on(stop.since, stop.until)}; "
-        f"{credits_words(stop.usual_units)} are usual.",
-        stop.since,
-        min(stop.until, stop.since + timedelta(days=MOST_STOP_DAYS - 1)),
-        "Check that the schedules run, and that the account has credits.",
-        stop.usual_units,
-    )
-
-
-def _level(level: Anomaly) -> SpendWarning:
-    advice = "`krea-dagster spend --by week` shows since when; a month's budget limits it."
-    if level.excess_units < 0:
-        advice = "Check that all schedules run, and that no rows are deferred."
-    return SpendWarning(
-        WarningKind.LEVEL_CHANGED,
-        f"{credits_words(level.units)} in {LEVEL_DAYS} days, {_on(level.since, level.until)}"
-        f"{_times(level)} the {credits_words(level.usual_units)} of the "
-        f"{WINDOW_DAYS // 7} weeks before.",
-        level.since,
-        level.until,
-        advice,
-        abs(level.excess_units),
-    )
-
-
-def _times(anomaly: Anomaly) -> str:
-    usual = anomaly.usual_units
-    return f", {anomaly.units / usual:.1f} times" if usual else ","
-
-
-def _mostly(history: SpendHistory, anomaly: Anomaly) -> str:
-    """Name the partition with most of the spend, if there is anomaly."""
-    sums: dict[str, int] = defaultdict(int)
-    for part in history.partitions:
-        if anomaly.since <= part.day <= anomaly.until:
-            sums[part.partition_key] += part.committed_units
-    name, units = max(sums.items(), key=lambda item: item[1], default=("", 0))
-    return (
-        f"; {credits_words(units)} of it for partition {name}" if units * 2 > anomaly.units else ""
-    )
-
-
-def _partitions(
-    history: SpendHistory, spent: Mapping[date, int], days: Sequence[Anomaly], threshold: float
-) -> Iterator[SpendWarning]:
-    """Find unusual partitions, except on days that are a warning as a whole.
-
-    A partition with purchases on few days is compared with earlier ones of that kind, by their
-    total cost.
-    """
-    by_key: dict[str, dict[date, int]] = defaultdict(dict)
-    for part in history.partitions:
-        if part.day in spent:
-            mine = by_key[part.partition_key]
-            mine[part.day] = mine.get(part.day, 0) + part.committed_units
-    found: list[tuple[str, Anomaly]] = []
-    short: list[tuple[date, str]] = []
-    for key, mine in sorted(by_key.items()):
-        if len(mine) < LEAST_ACTIVE:
-            short.append((min(mine), key))
-            continue
-        others = {day: units - mine.get(day, 0) for day, units in spent.items()}
-        odd = find_unusual_days(mine, max(mine), history.grain_units, threshold, others)
-        found += [(key, anomaly) for anomaly in odd]
-    peers: list[int] = []
-    for _, key in sorted(short):
-        units, usual = sum(by_key[key].values()), usual_of_peers(peers, history.grain_units)
-        is_odd = usual and usual.surprise(units, history.grain_units) > threshold
-        if usual and is_odd and units > max(peers[-WINDOW_DAYS:]):
-            each = {day: round(usual.units / len(by_key[key])) for day in by_key[key]}
-            found.append((key, Anomaly(units, each)))
-        else:
-            peers.append(units)
-    known = {day for anomaly in days for day in _all_days(anomaly)}
-    least_units = max(LEAST_EXCESS_UNITS, LEAST_PARTITION_SHARE * median(spent.values() or [0]))
-    for key, anomaly in found:
-        if anomaly.excess_units >= least_units and known.isdisjoint(_all_days(anomaly)):
-            yield _partition(key, anomaly)
-
-
-def _partition(key: str, anomaly: Anomaly) -> SpendWarning:
-    return SpendWarning(
-        WarningKind.PARTITION_OUT_OF_HABIT,
-        f"Partition {key} cost {credits_words(anomaly.units)} {_on_days(anomaly)}; "
-        f"{credits_words(anomaly.usual_units)} are usual.",
-        anomaly.since,
-        anomaly.until,
-        "Check that its rows are intended; a budget for partitions would stop it.",
-        anomaly.excess_units,
-        key,
-    )
-
-
 def _prices(prices: Sequence[PriceSeen], today: date) -> Iterator[SpendWarning]:
     """Compare the price that most calls of a day were charged with that of the days before."""
     by_quality: dict[str, dict[date, list[PriceSeen]]] = defaultdict(lambda: defaultdict(list))
@@ -459,7 +256,7 @@ def _new_failures(history: SpendHistory, today: date) -> Iterator[SpendWarning]:
             until = max(other for other in days if 0 <= (other - day).days < 7)
             yield SpendWarning(
                 WarningKind.FAILURE_NEW,
-                f"{count:,} purchases ended with {code} {_on(day, until)}, which "
+                f"{count:,} purchases ended with {code} {on_days(day, until)}, which "
                 + ("was never seen before" if never_before else f"was not seen for {away} days")
                 + f"; they cost, or may cost, {credits_words(units)}.",
                 day,
@@ -507,29 +304,10 @@ def _failing(days: Sequence[DaySpend], usual_share: float) -> SpendWarning:
     since, until = days[0].day, days[-1].day
     return SpendWarning(
         WarningKind.FAILURES_HIGH,
-        f"{trouble:,} of {asked:,} purchases ({trouble / asked:.0%}) {_on(since, until)} brought "
-        f"no image; {usual_share:.1%} is usual. {credits_words(units)} are at stake.",
+        f"{trouble:,} of {asked:,} purchases ({trouble / asked:.0%}) {on_days(since, until)} "
+        f"brought no image; {usual_share:.1%} is usual. {credits_words(units)} are at stake.",
         since,
         until,
         "See the failures by error code; `krea-dagster salvage` fetches paid images.",
         units,
     )
-
-
-def _on(since: date, until: date) -> str:
-    if since == until:
-        return f"on {day_words(since)}"
-    return f"from {day_words(since)} to {day_words(until)}"
-
-
-def _on_days(anomaly: Anomaly) -> str:
-    """Return the days in words; with their number where there are usual ones between them."""
-    number = len(anomaly.usual)
-    span = (anomaly.until - anomaly.since).days + 1
-    of = f"on {number} days " if number < span else ""
-    return f"{of}{_on(anomaly.since, anomaly.until)}"
-
-
-def _all_days(anomaly: Anomaly) -> Iterator[date]:
-    for number in range((anomaly.until - anomaly.since).days + 1):
-        yield anomaly.since + timedelta(days=number)

@@ -18,7 +18,7 @@ from krea_dagster.application.spend import update_tables
 from krea_dagster.application.spend_alerts import post_alerts
 from krea_dagster.application.spend_warnings import acknowledge, recent_warnings
 from krea_dagster.errors import ConfigError, InputError
-from krea_dagster.spend.warnings.warnings import SpendWarning
+from krea_dagster.spend.warnings.spend_warning import SpendWarning
 from tests.spend.project_harness import ProjectHarness
 from tests.spend.warnings.test_asset_checks import evaluations
 

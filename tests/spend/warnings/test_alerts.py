@@ -21,7 +21,7 @@ from krea_dagster.application.spend_alerts import PostedAlerts, post_alerts
 from krea_dagster.application.spend_warnings import recent_warnings
 from krea_dagster.engine.journal.owners import new_owner
 from krea_dagster.errors import ConfigError
-from krea_dagster.spend.warnings.warnings import Level, WarningKind
+from krea_dagster.spend.warnings.spend_warning import Level, WarningKind
 from tests.dagster_bench import tick
 from tests.spend.project_harness import ProjectHarness
 

@@ -20,7 +20,7 @@ from krea_dagster.plugin.checks.spend_warnings import build_spend_warnings_check
 from krea_dagster.spend.proof.verify import account_proof
 from krea_dagster.spend.tables.query import prompt_texts, stored_tables
 from krea_dagster.spend.tables.update import update_spend
-from krea_dagster.spend.warnings.warnings import WarningKind
+from krea_dagster.spend.warnings.spend_warning import WarningKind
 from tests.spend.project_harness import ProjectHarness
 from tests.spend.simulated_year import FIRST, RUNAWAY, SimulatedYear
 

@@ -29,7 +29,8 @@ from krea_dagster.spend.tables.views import SpendTables
 from krea_dagster.spend.warnings.history import Balance, SpendHistory
 from krea_dagster.spend.warnings.load_history import observe
 from krea_dagster.spend.warnings.run_out import RunOut, run_out, run_out_words
-from krea_dagster.spend.warnings.warnings import WarningKind, find_warnings
+from krea_dagster.spend.warnings.spend_warning import WarningKind
+from krea_dagster.spend.warnings.warnings import find_warnings
 from tests.spend.project_harness import ProjectHarness
 from tests.spend.simulated_tables import END, simulated_year
 

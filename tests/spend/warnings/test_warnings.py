@@ -29,7 +29,8 @@ from krea_dagster.spend.warnings.history import (
     SpendHistory,
 )
 from krea_dagster.spend.warnings.load_history import account_use, observe
-from krea_dagster.spend.warnings.warnings import Level, SpendWarning, WarningKind, find_warnings
+from krea_dagster.spend.warnings.spend_warning import Level, SpendWarning, WarningKind
+from krea_dagster.spend.warnings.warnings import find_warnings
 from tests.spend import simulated_year as year
 from tests.spend.simulated_tables import END, OUTAGE, PRICE_DAY, RUNAWAY, simulated_year
 
