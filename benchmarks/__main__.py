@@ -29,6 +29,7 @@ NAMES: Final = (
     "in_dagster",
     "partitions",
     "spend",
+    "spend_warnings",
     "export",
 )
 

@@ -18,7 +18,7 @@ DAYS: Final = 365
 
 #: The kinds that the detector and its defaults were chosen with, and those that only judge it.
 TUNED_KINDS: Final = ("smooth", "team", "bursty", "growing", "sparse")
-HELD_OUT_KINDS: Final = ("monthly", "seasonal")
+HELD_OUT_KINDS: Final = ("monthly", "seasonal", "batches")
 SIZES: Final = (2_000, 20_000, 200_000)
 
 PARTITIONS: Final = 8
@@ -187,6 +187,15 @@ def _seasonal(chance: np.random.Generator) -> tuple[Floats, Floats]:
     return level * _noise(chance, 0.15, 0.7), _buckets(chance)
 
 
+def _batches(chance: np.random.Generator) -> tuple[Floats, Floats]:
+    """One large batch a week, which is sometimes left out, late or followed by a second one."""
+    level = np.zeros(DAYS)
+    for start in range(int(chance.integers(0, 5)), DAYS, 7):
+        for _ in range(chance.choice(3, p=[0.1, 0.75, 0.15])):
+            level[min(DAYS - 1, start + chance.geometric(0.7) - 1)] += np.exp(chance.normal(0, 0.4))
+    return level * _growth(chance.uniform(0.8, 2.0)), _topics(chance)
+
+
 _LEVELS: Final = {
     "smooth": _smooth,
     "team": _team,
@@ -195,4 +204,5 @@ _LEVELS: Final = {
     "sparse": _sparse,
     "monthly": _monthly,
     "seasonal": _seasonal,
+    "batches": _batches,
 }

@@ -191,6 +191,7 @@ with the package. Figures differ between machines; ratios within one table are m
 | `in_dagster` | How much time does Dagster add to the engine? |
 | `partitions` | What do many partitions cost in Dagster, with nothing to do, and if they are new? |
 | `spend` | How long do the spend tables of a year take? |
+| `spend_warnings` | What do warnings about spend find, and how often have they no cause? |
 | `export` | How much slower is an export than a loop that copies files? |
 """
 
