@@ -53,7 +53,7 @@ class ClosedMonthLog(DatabaseLog):
 
         def write(connection: Connection) -> bool:
             statement = insertion(connection, closed_months).values(**vars(closed))
-            done = connection.execute(statement.on_conflict_do_nothing())
-            return bool(done.rowcount)
+            added = statement.on_conflict_do_nothing().returning(closed_months.c.month)
+            return connection.execute(added).scalar() is not None
 
         return self._database.write("close a month in", write)
