@@ -24,16 +24,7 @@ from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.plugin.metadata import images_metadata
 from krea_dagster.prompts import parse_partition_by
-from tests.dagster_bench import (
-    bought,
-    check_of,
-    failure_text,
-    latest,
-    posts,
-    run_job,
-    values,
-    write_table,
-)
+from tests.dagster_bench import bought, check_of, latest, posts, run_job, values
 from tests.plugin.bought_run import BUCKETS, MARKER, PREFIX, BoughtRun
 
 IMAGES = (PREFIX, "images")
@@ -293,21 +284,3 @@ def test_the_resource_finds_nothing_to_do_in_an_empty_partition(
     before = posts(emulator)
     report = buy(krea.krea(), [], run_id="nothing")
     assert (report.progress.total, posts(emulator)) == (0, before)
-
-
-def test_a_run_that_names_no_partition_is_told_what_to_give(
-    tmp_path: Path, emulator: Emulator, instance: dg.DagsterInstance
-) -> None:
-    prompts = write_table(tmp_path / "p.parquet", {"prompt": ["a barn"]})
-    table = PromptTable(prompts, parse_partition_by("hash:4"))
-    krea = KreaResource(api_key="emulator", base_url=emulator.url, storage=str(tmp_path / "krea"))
-    assets = build_krea_assets(table)
-    before = posts(emulator)
-    result = dg.materialize(
-        [assets.prompts, assets.images],
-        resources={"krea": krea},
-        instance=instance,
-        raise_on_error=False,
-    )
-    assert "has partitions, and the run names none" in failure_text(result, "images")
-    assert posts(emulator) == before
