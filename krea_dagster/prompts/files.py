@@ -307,8 +307,9 @@ def _listing(
             return [(f"{base}/{name}", f"{prefix}{name}") for name in found]
     if info.type == fs.FileType.NotFound:
         raise ConfigError(
-            f"{shown} does not exist; the prompt table (`prompts`, KREA_PROMPTS) must be a Parquet, "
-            "CSV or JSONL file, a folder of Parquet files, a Delta or Iceberg table, or a URL"
+            f"{shown} does not exist; the prompt table (`prompts`, KREA_PROMPTS) must be a "
+            "Parquet, CSV or JSONL file, a folder of Parquet files, a Delta or Iceberg table, or "
+            "a URL"
         )
     raise ConfigError(f"{shown} is neither a file nor a folder")
 
