@@ -319,7 +319,7 @@ class Krea(Backend):
             ConfigError: if there is no journal.
             JournalError: if it cannot be written.
         """
-        from krea_dagster.application.spend_warnings import acknowledge
+        from krea_dagster.application.acknowledge import acknowledge
 
         return acknowledge(self, warning_id, reason, by=by)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from krea_dagster.engine.budget import PUBLISHED_UNITS
 from krea_dagster.models import Acknowledgement
-from krea_dagster.spend.warnings.run_out import RunOut
+
+if TYPE_CHECKING:  # it needs NumPy, and settings need this module
+    from krea_dagster.spend.warnings.run_out import RunOut
 
 #: The highest published price.
 HIGHEST_PRICE_UNITS: Final = max(PUBLISHED_UNITS.values())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -14,9 +16,10 @@ import pytest
 from sqlalchemy import text
 
 from krea_dagster import KreaResource, cli
+from krea_dagster.application.acknowledge import acknowledge
 from krea_dagster.application.spend import update_tables
 from krea_dagster.application.spend_alerts import post_alerts
-from krea_dagster.application.spend_warnings import acknowledge, recent_warnings
+from krea_dagster.application.spend_warnings import recent_warnings
 from krea_dagster.errors import ConfigError, InputError
 from krea_dagster.spend.warnings.spend_warning import SpendWarning
 from tests.spend.project_harness import ProjectHarness
@@ -135,6 +138,18 @@ def test_the_last_word_counts_and_every_one_is_kept(project: ProjectHarness) -> 
             assert [tuple(row) for row in rows] == [
                 ("first", warning.text), (None, warning.text), ("second", warning.text)
             ]  # fmt: skip
+
+
+def test_the_command_finds_a_warning_of_purchases_that_no_table_has_yet(
+    project: ProjectHarness,
+) -> None:
+    shutil.rmtree(project.folder / "krea" / "spend")
+    project = project.with_settings(soft_budgets=["column:prompt_id:ash=0.5"])
+    subject = "budget_used\nprompt_id ash\n5000\n"
+    warning_id = hashlib.sha256(subject.encode()).hexdigest()[:10]
+    found = acknowledge(project.krea, warning_id, "planned", by="ada")
+    assert found is not None
+    assert found.text.startswith("0.45 credits of 0.50 credits (90%) of the budget for prompt_id")
 
 
 def test_one_of_a_budget_that_only_the_definitions_know_is_kept_too(shell: Shell) -> None:
