@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -15,14 +14,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import insert
 
 from krea_dagster import cli
 from krea_dagster.application.account import add_entries
 from krea_dagster.engine.journal.balance_log import AccountHistory
-from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.rows import AccountReading
-from krea_dagster.engine.journal.schema import account_readings, api_keys
 from krea_dagster.spend.report.report import write_report
 from krea_dagster.spend.tables.balance import balance_table, rises
 from krea_dagster.spend.tables.views import SpendTables
@@ -131,43 +127,6 @@ def test_after_a_top_up_it_is_another_warning() -> None:
 
 def reading(hour: int, units: int, key: str | None = "k1") -> AccountReading:
     return AccountReading(datetime(2026, 11, 1, hour, tzinfo=timezone.utc), "r", 0, units, key)
-
-
-def enter(journal: Journal, accounts: dict[str, str], *readings: AccountReading) -> None:
-    keys = [{"fingerprint": k, "account": a, "first_at": NOW} for k, a in accounts.items()]
-    rows = [vars(one) for one in readings]
-
-    def write(connection: object) -> None:
-        connection.execute(insert(api_keys), keys)  # type: ignore[attr-defined]
-        connection.execute(insert(account_readings), rows)  # type: ignore[attr-defined]
-
-    journal.database.write("enter", write)
-
-
-def test_balances_of_two_accounts_are_not_mixed_and_two_keys_of_one_are_one(
-    tmp_path: Path,
-) -> None:
-    with closing(Journal(f"sqlite:///{tmp_path}/journal.db")) as journal:
-        enter(
-            journal,
-            {"k1": "a", "k2": "a", "k3": "b"},
-            *(reading(1, 90, "k1"), reading(2, 80, "k2")),
-            *(reading(3, 5_000, "k3"), reading(4, 1, None)),
-        )
-        found = {one.account: one.readings for one in journal.balances.accounts()}
-    assert {name: [one.remaining_units for one in some] for name, some in found.items()} == {
-        "b": [5_000],
-        "a": [90, 80],
-    }
-    assert list(found) == ["b", "a"], "the one read last comes first"
-
-
-def test_readings_of_unknown_keys_belong_to_the_only_account(tmp_path: Path) -> None:
-    with closing(Journal(f"sqlite:///{tmp_path}/journal.db")) as journal:
-        assert journal.balances.accounts() == []
-        enter(journal, {"k1": "k1"}, reading(1, 90, None), reading(2, 80))
-        (found,) = journal.balances.accounts()
-    assert [one.remaining_units for one in found.readings] == [90, 80]
 
 
 def test_a_rise_is_seen_and_is_in_the_view() -> None:
