@@ -25,7 +25,7 @@ from krea_dagster.spend.warnings.spend_warning import WarningKind
 from krea_dagster.spend.warnings.warnings import find_warnings
 
 #: Seeds that nothing was chosen with.
-SEEDS: Final = range(2_000, 2_006)
+SEEDS: Final = range(3_000, 3_006)
 THRESHOLDS: Final = (3.0, 3.5, THRESHOLD, 4.5, 5.0, 6.0)
 TIMES: Final = (2, 3, 5, 10)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from itertools import pairwise
 from math import log, sqrt
-from statistics import median
+from statistics import fmean, median
 from typing import Final
 
 from krea_dagster.models import UNITS_PER_CREDIT
@@ -155,8 +155,9 @@ def usual_of(
 ) -> Usual | None:
     """Return the usual spend of a day by the days from ``since`` on, without the odd ones.
 
-    It is the median of its weekday; where most days have no purchases, that of the others, because
-    the weekday matters little. None with too few days.
+    It is the median of its weekday, or the mean, if the median is nothing. Where most days have no
+    purchases, it is the median of the others, because the weekday matters little. None with too few
+    days.
     """
     window = [
         one for number in range((day - since).days) if (one := since + number * _DAY) not in odd
@@ -174,8 +175,10 @@ def usual_of(
         for name, numbers in values.items()
         for value in numbers
     ]
-    middle = medians.get(0 if is_sparse else day.weekday(), median(medians.values()))
-    return Usual(middle, _spread(deviations))
+    name = 0 if is_sparse else day.weekday()
+    middle = medians.get(name, median(medians.values()))
+    # A weekday that has purchases in fewer than half of the weeks has some nevertheless.
+    return Usual(middle or fmean(values.get(name, [0])), _spread(deviations))
 
 
 def usual_of_peers(peers: Sequence[int], grain_units: int) -> Usual | None:

@@ -167,6 +167,13 @@ def test_of_few_purchases_chance_alone_makes_a_day_expensive() -> None:
     assert len(find_unusual_days(days_of(values), day(89), 45)) == 1
 
 
+def test_a_weekday_that_seldom_has_a_purchase_is_not_surprised_by_two() -> None:
+    """One image on each other day, and on every third Monday: its median is nothing."""
+    values = [18_000 if number % 7 or number % 21 == 0 else 0 for number in range(7 * 14)]
+    values[7 * 13] = 36_000
+    assert unusual(values) == []
+
+
 def test_more_is_expected_of_a_partition_on_a_day_on_which_the_others_cost_more() -> None:
     values, others = week(12), week(12)
     values[70] = 3_000_000
