@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import date, datetime, time, timezone
 from itertools import product
+from time import monotonic
 from typing import Final
 
 import numpy as np
@@ -65,6 +67,7 @@ def main() -> None:
     seeds = range(*map(int, options.seeds.split(":"))) if options.seeds else SEEDS
     seeds = seeds[:1] if options.quick else seeds
     kinds = (*TUNED_KINDS, *HELD_OUT_KINDS)
+    began_s = monotonic()
     found: dict[tuple[str, int, float], Values] = {}
     for kind in kinds:
         note_progress(kind)
@@ -74,7 +77,7 @@ def main() -> None:
             for threshold, values in look_at(simulate(kind, size, seed)):
                 for name, value in values.items():
                     found[kind, size, threshold][name].append(value)
-    finish(_report(found, seeds), options)
+    finish(replace(_report(found, seeds), began_s=began_s), options)
 
 
 def look_at(year: Year) -> Iterator[tuple[float, dict[str, float]]]:
