@@ -13,6 +13,7 @@ import pytest
 
 from krea_dagster import KreaResource
 from krea_dagster.application.spend import update_tables
+from krea_dagster.application.spend_report import report_of
 from krea_dagster.application.spend_warnings import recent_warnings
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.errors import ConfigError
@@ -101,6 +102,21 @@ def test_a_warning_is_shown_for_a_week(tmp_path: Path) -> None:
     assert kinds(RUNAWAY + timedelta(days=7)) == [WarningKind.DAY_OUT_OF_HABIT]
     assert kinds(RUNAWAY + timedelta(days=8)) == []
     assert stored_tables(simulated.storage).months == RUNAWAY.month - FIRST.month + 1
+
+
+@pytest.mark.parametrize("threshold", [4.0, 100.0])
+def test_the_threshold_of_the_settings_holds_for_checks_and_report(
+    tmp_path: Path, threshold: float
+) -> None:
+    simulated = SimulatedYear(tmp_path, 4_000)
+    simulated.write(RUNAWAY)
+    resource = KreaResource(storage=str(tmp_path), api_key="not used", spend_threshold=threshold)
+    krea = resource.krea()
+    now = datetime(RUNAWAY.year, RUNAWAY.month, RUNAWAY.day, 23, tzinfo=timezone.utc)
+    reported = report_of(krea, tmp_path / "report.html", now=now)
+    for found in (reported, recent_warnings(krea, now=now) or []):
+        unusual = [one.since for one in found if one.kind is WarningKind.DAY_OUT_OF_HABIT]
+        assert unusual == ([RUNAWAY] if threshold < 100 else [])
 
 
 def test_a_budget_that_cannot_be_read_is_refused_when_the_checks_are_built() -> None:
