@@ -70,6 +70,8 @@ class Batch:
     plan: Plan
     held: Mask | None = None
     trial: Trial | None = None
+    #: Columns that the settings want written with each purchase.
+    spend_by: Sequence[str] = ()
     _look: Look | None = field(default=None, repr=False)
     _mark: Sequence[str] = ()
     #: The state of the whole that was handed over, until a run has used it.
@@ -116,7 +118,8 @@ class Batch:
         try:
             if to_buy:
                 backend.check()
-            return replace(batch, trial=trial, _mark=[*mark, backend.journal_id()])
+            by, mark = tuple(backend.settings.spend_by), [*mark, backend.journal_id()]
+            return replace(batch, trial=trial, spend_by=by, _mark=mark)
         except BaseException:
             batch.close()
             raise
@@ -283,7 +286,16 @@ class Batch:
         """What is not a problem of the table, and perhaps not expected."""
         digests = self.plan.all_digests
         wanted = digests if self.outside is None else digests[~self.outside]
-        return plan_notes(self.plan, wanted)
+        return [*plan_notes(self.plan, wanted), *self.unknown_columns(self.spend_by)]
+
+    def unknown_columns(self, spend_by: Sequence[str]) -> list[str]:
+        """Return a note on the columns that are to be written with each purchase, and missing."""
+        return [
+            f"spend_by (KREA_SPEND_BY) names {name!r}, which the prompt table does not have, so "
+            f"that purchases are written without it; its columns are {', '.join(self._columns)}"
+            for name in spend_by
+            if name not in self._columns and self.plan.all_digests.size
+        ]
 
     def versions(self) -> Mapping[str, str]:
         """Return the data version of ``prompts``, by partition."""

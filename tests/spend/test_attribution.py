@@ -120,6 +120,17 @@ def test_a_purchase_says_the_asset_job_backfill_user_and_tags_of_its_run(
     ]
 
 
+def test_a_name_that_the_table_does_not_have_is_said_before_anything_is_bought(
+    project: ProjectHarness,
+) -> None:
+    project = project.with_rows("ash", campaign="makers").with_settings(spend_by=["campain"])
+    (note,) = project.krea.quote(project.table).notes
+    assert "names 'campain', which the prompt table does not have" in note
+    assert note.endswith("campaign")
+    known = project.with_settings(spend_by=["campaign"])
+    assert known.krea.quote(known.table).notes == []
+
+
 def test_an_image_that_two_rows_share_is_charged_to_the_first(project: ProjectHarness) -> None:
     project = project.with_settings(spend_by=["campaign"])
     same = {"prompt": f"one image of {project.folder.name}", "seed": 7}

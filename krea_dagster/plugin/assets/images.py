@@ -306,6 +306,8 @@ class _ImagesStep:
                 batch.versions(),
                 plan_metadata(batch.plan, self.upstream.lineage(batch.table)),
             )
+            for note in batch.unknown_columns(self.spend_by):
+                context.log.warning("%s.", note)
             _log_before(context, batch, krea, quota)
             if batch.trial_rows is not None:
                 log.say(trial_line(batch.trial_rows))
