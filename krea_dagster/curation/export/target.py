@@ -24,7 +24,6 @@ import re
 import shutil
 import zlib
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
@@ -67,7 +66,6 @@ class ExportTarget:
 
     def __init__(self, root: str, options: Options | None = None) -> None:
         self.storage = Storage(root, options, called="the export's target")
-        self._numbers = count()
         self._made: set[str] = set()
         self._unsynced = False
 
@@ -167,13 +165,11 @@ class ExportTarget:
             self.storage.write(name, lambda file: file.write(data))
             return
         path = self._path(name)
-        temporary = self._temporary(path)
         self._unsynced = True
-        try:
+        # Not in the shard's folder, where a killed export would leave it.
+        with self.storage.scratch() as temporary:
             temporary.write_bytes(data)
             temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def link(self, old: str, new: str) -> None:
         """Give a file a second name: a hard link, or a copy where that is not possible."""
@@ -181,15 +177,13 @@ class ExportTarget:
             self.storage.copy(old, new)
             return
         path = self._path(new)
-        temporary = self._temporary(path)
-        try:
+        with self.storage.scratch() as temporary:
+            temporary.unlink()
             try:
                 temporary.hardlink_to(self.storage.folder / old)
             except OSError:
                 shutil.copyfile(self.storage.folder / old, temporary)
             temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def send(self, temporary: Path, name: str) -> None:
         """Publish a finished file, durably. Raises StorageError where it is truncated."""
@@ -231,9 +225,6 @@ class ExportTarget:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._made.add(parent)
         return path
-
-    def _temporary(self, path: Path) -> Path:
-        return path.with_name(f".{os.getpid()}-{next(self._numbers)}.part")
 
 
 def crc32_of(file: BinaryIO) -> str:
