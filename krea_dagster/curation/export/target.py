@@ -81,8 +81,7 @@ class ExportTarget:
     def latest(self) -> str | None:
         """Return the current version; None where there is none yet."""
         try:
-            with self.storage.open(LATEST) as file:
-                found = file.read(64).decode("ascii", "replace").strip()
+            found = self.storage.read(LATEST).decode("ascii", "replace").strip()
         except FileNotFoundError:
             return None
         return found if _VERSION.fullmatch(found) else None
@@ -146,8 +145,7 @@ class ExportTarget:
 
     def read(self, name: str) -> bytes:
         """Return a file's bytes. Raises FileNotFoundError."""
-        with self.storage.open(name) as file:
-            return file.read()
+        return self.storage.read(name)
 
     def crc32(self, name: str) -> str:
         """Return the CRC-32 of a file. Raises FileNotFoundError."""

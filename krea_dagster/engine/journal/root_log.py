@@ -53,8 +53,7 @@ class RootMarker:
     def read(cls, storage: Storage) -> RootMarker | None:
         """Read a root's marker, None if it has none. Raises ConfigError for a damaged one."""
         try:
-            with storage.open(MARKER) as file:
-                found = json.loads(file.read(4096))
+            found = json.loads(storage.read(MARKER))
             return cls(*(str(found[name]) for name in ("root_id", "journal_id", "token")))
         except (FileNotFoundError, NotADirectoryError):
             storage.require_bucket()

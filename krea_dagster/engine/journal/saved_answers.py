@@ -143,11 +143,7 @@ def _kept(storage: Storage) -> Iterator[tuple[str | Path, SavedAnswer]]:
     places += sorted((Path(tempfile.gettempdir()) / _TEMPORARY).glob("*.json"))
     for place in places:
         try:
-            if isinstance(place, Path):
-                content = place.read_bytes()
-            else:
-                with storage.open(place) as file:
-                    content = file.read()
+            content = place.read_bytes() if isinstance(place, Path) else storage.read(place)
             yield place, SavedAnswer(**json.loads(content))
         except (OSError, ValueError, TypeError) as error:
             _log.warning("the saved answer to a purchase in %s cannot be read: %s", place, error)

@@ -211,6 +211,19 @@ class Storage:
         except Exception as error:  # noqa: BLE001 - file systems raise different errors
             self.fail(error, "read")
 
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a small file. Raises FileNotFoundError.
+
+        By one request, so that another host may replace the file meanwhile: a file that is opened
+        in a store is asked about first, and then read only if it has not changed.
+        """
+        try:
+            if self.folder is not None:
+                return (self.folder / name).read_bytes()
+            return cast("bytes", self._fs.cat_file(self._full(name)))
+        except Exception as error:  # noqa: BLE001 - file systems raise different errors
+            self.fail(error, "read")
+
     def has_files(self, folder: str) -> bool:
         """Return whether there is a file below a folder. Lists as little as possible."""
         return next(self.names(folder), None) is not None

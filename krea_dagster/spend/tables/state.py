@@ -45,8 +45,7 @@ class SpendState:
     def read(cls, storage: Storage) -> SpendState | None:
         """Read the state; None without a usable one: then all files are made again."""
         try:
-            with storage.open(STATE_NAME) as file:
-                state: Mapping[str, Any] = json.load(file)
+            state: Mapping[str, Any] = json.loads(storage.read(STATE_NAME))
             if state["format"] != FORMAT:
                 return None
             return cls(

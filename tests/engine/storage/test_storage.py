@@ -14,6 +14,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from krea_dagster.engine.journal.root_log import RootMarker
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError, StorageRefused
 
@@ -157,3 +158,30 @@ def test_another_users_folder_for_temporary_files_is_refused(
     (tmp_path / f"krea-dagster-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="TMPDIR"):
         Storage("memory://bucket/krea").create_temporary()
+
+
+class Replaced(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """A store in which another host replaces each file between its opening and its reading."""
+
+    protocol = "replaced"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("replaced://", "memory://")))
+
+    def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        if mode == "rb":
+            raise OSError(f"The file {path} has changed")
+        return super().open(path, mode, **kwargs)
+
+
+def test_a_roots_marker_is_read_while_another_host_replaces_it() -> None:
+    fsspec.register_implementation("replaced", Replaced, clobber=True)
+    storage = Storage("replaced://bucket/krea")
+    marker = RootMarker("root", "journal", "token")
+    marker.write(storage)
+    assert RootMarker.read(storage) == marker
+    with pytest.raises(FileNotFoundError):
+        storage.read("none.json")
