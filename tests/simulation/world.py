@@ -248,6 +248,11 @@ class DiskStorage(Storage):
         self._checked(writes=False)
         return super().open(name)
 
+    def read(self, name: str) -> bytes:
+        """Read a small file."""
+        self._checked(writes=False)
+        return super().read(name)
+
     def publish(self, temporary: Path, name: str) -> None:
         """Give a file its name."""
         self._checked(writes=True)

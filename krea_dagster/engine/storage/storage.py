@@ -214,8 +214,8 @@ class Storage:
     def read(self, name: str) -> bytes:
         """Return the bytes of a small file. Raises FileNotFoundError.
 
-        By one request, so that another host may replace the file meanwhile: a file that is opened
-        in a store is asked about first, and then read only if it has not changed.
+        By one request, so that another host may replace the file meanwhile: opening a file of a
+        store is a request of its own, and what is then read must not have changed since.
         """
         try:
             if self.folder is not None:
