@@ -18,7 +18,7 @@ from krea_dagster.application.spend import SpendPeriod, kept_columns, update_tab
 from krea_dagster.engine.journal.closed_month_log import ClosedMonth
 from krea_dagster.engine.storage.page import write_page
 from krea_dagster.engine.storage.storage import Storage
-from krea_dagster.errors import ConfigError, InputError
+from krea_dagster.errors import ConfigError, InputError, StorageError
 from krea_dagster.parquet_files import open_parquet
 from krea_dagster.spend.proof.statements import FILE_ENDINGS, changed_statements
 from krea_dagster.spend.statements.page import statement_page
@@ -64,9 +64,9 @@ def close_month(
                 "now is an adjustment in the next statement"
             )
         update_tables(backend, by=kept_columns(storage))
-        made = _make(backend, storage, month, closed, now)
+        made, files = _make(backend, storage, month, closed, now)
         with backend.open_journal() as journal:
-            is_new = journal.closed_months.add(made)
+            is_new = journal.closed_months.add(made, partial(_write_files, storage, made, files))
             known = {one.month: one for one in journal.closed_months.all()}
     one = known[month]
     if folder is not None:
@@ -89,8 +89,8 @@ def changed_of(backend: Backend) -> list[str]:
 
 def _make(
     backend: Backend, storage: Storage, month: str, closed: Sequence[ClosedMonth], now: datetime
-) -> ClosedMonth:
-    """Write the files of a statement. They count once the journal has them."""
+) -> tuple[ClosedMonth, Sequence[bytes]]:
+    """Return a closed month, and the content of the files of its statement (FILE_ENDINGS)."""
     earlier = read_statements(storage, closed)
     columns = ["quality", *backend.settings.spend_by]
     with closing(open_tables(storage, manifest=bool(backend.settings.spend_by))) as duck:
@@ -112,10 +112,21 @@ def _make(
         sha256=sha256,
         now=now.astimezone(timezone.utc),
     )
-    for ending, content in zip(FILE_ENDINGS, (data, page), strict=True):
-        storage.write(name + ending, partial(_write, content))
     page_sha256 = hashlib.sha256(page).hexdigest()
-    return ClosedMonth(month, now, name, sha256, page_sha256, **asdict(sums_of(rows)))
+    made = ClosedMonth(month, now, name, sha256, page_sha256, **asdict(sums_of(rows)))
+    return made, (data, page)
+
+
+def _write_files(storage: Storage, one: ClosedMonth, files: Sequence[bytes]) -> None:
+    """Write the files of a statement. They count once the journal has the month."""
+    try:
+        for ending, content in zip(FILE_ENDINGS, files, strict=True):
+            storage.write(one.name + ending, partial(_write, content))
+    except OSError as error:
+        raise StorageError(
+            f"the statement of {one.month} cannot be written to {storage.shown('')}: {error}. The "
+            "month is still open; close it again."
+        ) from error
 
 
 def _write(content: bytes, file: BinaryIO) -> None:

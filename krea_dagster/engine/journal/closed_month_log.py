@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import datetime
+from typing import Final
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, insert, select
 
 from krea_dagster.engine.journal.database import DatabaseLog
 from krea_dagster.engine.journal.schema import closed_months
-from krea_dagster.engine.journal.statements import insertion
+from krea_dagster.engine.journal.statements import lock_transaction
+
+#: The advisory lock of PostgreSQL for writers of closed months: a number that no other lock has.
+_CLOSING: Final = 4_705_170_321
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,20 @@ class ClosedMonthLog(DatabaseLog):
         query = select(*columns).order_by(closed_months.c.month)
         return [ClosedMonth(*row) for row in self._database.fetch(query)]
 
-    def add(self, closed: ClosedMonth) -> bool:
-        """Close a month; return whether it was open. Raises JournalError."""
+    def add(self, closed: ClosedMonth, write_files: Callable[[], None] = lambda: None) -> bool:
+        """Close a month; return whether it was open. Raises JournalError.
+
+        ``write_files`` is called if it is open, with the lock held, so that another host that
+        closes it at the same time cannot replace the files.
+        """
 
         def write(connection: Connection) -> bool:
-            statement = insertion(connection, closed_months).values(**vars(closed))
-            added = statement.on_conflict_do_nothing().returning(closed_months.c.month)
-            return connection.execute(added).scalar() is not None
+            lock_transaction(connection, _CLOSING)
+            known = select(closed_months.c.month).where(closed_months.c.month == closed.month)
+            if connection.execute(known).scalar() is not None:
+                return False
+            write_files()
+            connection.execute(insert(closed_months).values(**vars(closed)))
+            return True
 
         return self._database.write("close a month in", write)

@@ -30,8 +30,8 @@ REFUND: Final = "refund"
 CORRECTION: Final = "correction"
 KINDS: Final = (TOP_UP, PROMOTION, REFUND, CORRECTION)
 
-#: The advisory lock of PostgreSQL for writers of entries: any number that is not used elsewhere.
-_WRITING: Final = 4_705_170_318
+#: The advisory lock of PostgreSQL for writers of entries: a number that no other lock has.
+_WRITING: Final = 4_705_170_320
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from krea_dagster.engine.journal.closed_month_log import ClosedMonth
 from krea_dagster.engine.journal.entry_log import AccountEntry, counted_kinds
 from krea_dagster.engine.journal.journal import Journal
-from krea_dagster.errors import InputError
+from krea_dagster.errors import InputError, StorageError
 from tests.engine.harness import NOW
 from tests.engine.journal.first_release import engine_of
 
@@ -53,6 +53,31 @@ def test_a_month_is_closed_once(journal: Journal) -> None:
     assert journal.closed_months.add(CLOSED)
     assert not journal.closed_months.add(replace(CLOSED, sha256="c" * 64))
     assert journal.closed_months.all() == [CLOSED]
+
+
+def test_the_files_of_a_month_are_written_by_the_host_that_closes_it_and_no_other(
+    journal: Journal, journal_url: str
+) -> None:
+    written: list[int] = []
+
+    def close(host: int) -> bool:
+        with closing(Journal(journal_url)) as other:
+            return other.closed_months.add(CLOSED, lambda: written.append(host))
+
+    with ThreadPoolExecutor(4) as threads:
+        closed = list(threads.map(close, range(4)))
+    assert written == [closed.index(True)]
+    assert closed.count(True) == 1
+    assert journal.closed_months.all() == [CLOSED]
+
+
+def test_a_month_whose_files_cannot_be_written_stays_open(journal: Journal) -> None:
+    def fail() -> None:
+        raise StorageError("the disk is full")
+
+    with pytest.raises(StorageError, match="the disk is full"):
+        journal.closed_months.add(CLOSED, fail)
+    assert journal.closed_months.all() == []
 
 
 @pytest.mark.parametrize("change", ["UPDATE {} SET {} = 'x'", "DELETE FROM {}"])
