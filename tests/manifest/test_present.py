@@ -97,12 +97,12 @@ def test_a_partition_whose_rows_all_left_the_table_is_in_no_view(
     assert texts == ["p3 (y): 0.45 credits paid, and no row requests it any more"]
 
 
-def test_an_image_that_was_replaced_is_said_to_be(krea: Krea) -> None:
+def test_an_image_whose_row_requests_another_one_is_said_to_be_so(krea: Krea) -> None:
     krea.run()
     krea.run(options=BuyOptions(regenerate=["p3"]))
     (note,) = krea.verify().findings
     assert note.kind is FindingKind.NOT_ASKED_ANY_MORE
-    assert note.text == "p3 (y): 0.45 credits paid, and another image has replaced it"
+    assert note.text == "p3 (y): 0.45 credits paid, and its row requests another one now"
 
 
 def test_a_row_that_left_its_partition_is_no_longer_among_the_accepted_images(

@@ -52,7 +52,6 @@ _NEEDED: Final = (
     "credits_charged",
     "stored_at",
 )
-
 #: Columns that the card uses if they are there.
 _USED: Final = ("verdict",)
 

@@ -100,8 +100,8 @@ def select_rows(
 
     Each row has ``COLUMNS``, the column of ``filters.by`` as ``section``, ``said`` (its verdict
     with reason, tags and note, or None) and ``earlier``: the rows of that table follow those of the
-    manifests. Raises ConfigError for an unknown partition or column, for an
-    invalid value, and where there is no manifest.
+    manifests. Raises ConfigError for an unknown partition or column, for an invalid value, and
+    where there is no manifest.
     """
     known: dict[str, None] = {}
     reviewed = pa.array(verdicts, pa.string())

@@ -222,6 +222,7 @@ def _card(row: dict[str, Any], thumbnail: Thumbnail) -> dict[str, Any]:
     """Return the values of one row for the template; ``bytes`` is its estimated size."""
     prompt = _readable(row["prompt"] or "")
     start = prompt if len(prompt) <= _SHOWN else f"{prompt[:_SHOWN].rstrip()}…"
+    section = "" if row["section"] is None else str(row["section"])
     alt = f"Image for the prompt: {prompt[:_ALT]}{'…' if len(prompt) > _ALT else ''}"
     image = base64.b64encode(thumbnail.data).decode()
     stored = row["status"] == State.STORED.value
@@ -237,7 +238,7 @@ def _card(row: dict[str, Any], thumbnail: Thumbnail) -> dict[str, Any]:
         "prompt_id": _readable(row["prompt_id"] or ""),
         "sample": row["sample"],
         "attempt": row["attempt"],
-        "section": _EARLIER if row["earlier"] else _readable(str(row["section"] or "")),
+        "section": _EARLIER if row["earlier"] else _readable(section),
         "seed": row["seed"],
         "size": " ".join(one for one in (row["size"], row["quality"]) if one),
         "pixels": f"{row['width']} × {row['height']}" if row["width"] and row["height"] else "",

@@ -71,7 +71,7 @@ class FindingKind(str, Enum):
     PRICE_UNKNOWN = "price_unknown"
     #: Stored, because its file was found in the storage root; it was bought under another journal.
     PURCHASE_UNKNOWN = "purchase_unknown"
-    #: Paid and stored, and replaced since, or no row of the prompt table requests it any more.
+    #: Paid and stored, and its row requests another image now, or no row requests it any more.
     NOT_ASKED_ANY_MORE = "not_asked_any_more"
     #: The file of a request that is not stored yet.
     FILE_NOT_ENTERED = "file_not_entered"

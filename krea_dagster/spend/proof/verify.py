@@ -257,8 +257,8 @@ class _JournalCheck:
         if record.request_key in self._listed.rows_of or record.table_id in self._generated:
             return
         if self._listed.has_left(record):
-            was_replaced = self._listed.earlier.get(record.request_key) in self._listed.names
-            why = "another image has replaced it" if was_replaced else "no row requests it any more"
+            has_row = self._listed.earlier.get(record.request_key) in self._listed.names
+            why = "its row requests another one now" if has_row else "no row requests it any more"
             text = f"{_credits(units)} paid, and {why}"
             self._find(FindingKind.NOT_ASKED_ANY_MORE, record, text, units)
             return

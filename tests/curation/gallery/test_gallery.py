@@ -226,6 +226,23 @@ def test_reason_tags_and_note_are_shown_with_the_verdict_and_without_one(
     assert "v-none" not in page.html, "it was not judged"
 
 
+@pytest.mark.parametrize(
+    ("column", "values", "heads"),
+    [
+        ("sample", {}, ["0"]),
+        ("new", {"new": False}, ["False"]),
+        ("score", {"score": 0.0}, ["0.0"]),
+        ("mood", {"mood": ""}, ["(none)"]),
+    ],
+)
+def test_a_section_of_zero_or_false_is_named_by_its_value(
+    project: GalleryProject, column: str, values: dict[str, Any], heads: list[str]
+) -> None:
+    project.add_image("a", "a day", further=values)
+    page, _ = page_of(project, GalleryFilter(by=column))
+    assert re.findall(r"<h2[^>]*>([^<]*)<", page.html) == heads
+
+
 def test_a_column_divides_the_page_into_sections(project: GalleryProject) -> None:
     for name, mood in (("a", "calm"), ("b", "wild"), ("c", None), ("d", "calm")):
         project.add_image(name, f"a {name} day", further={"mood": mood})
