@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import csv
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Final
 
 from krea_dagster.application.backend import Backend
+from krea_dagster.csv_files import read_csv
 from krea_dagster.engine.journal.entry_log import (
     CORRECTION,
     KINDS,
@@ -19,9 +18,9 @@ from krea_dagster.engine.journal.entry_log import (
     TOP_UP,
     AccountEntry,
     EnteredRows,
+    wrong_entries,
 )
-from krea_dagster.engine.journal.journal import Journal
-from krea_dagster.errors import ConfigError, InputError
+from krea_dagster.errors import InputError
 from krea_dagster.models import MOST_CREDITS, UNITS_PER_CREDIT
 
 #: The columns of a CSV file of entries. ``account list --csv`` writes them, too.
@@ -34,7 +33,7 @@ _NEEDED: Final = ("on", "kind", "credits")
 
 def entries_of(backend: Backend) -> list[AccountEntry]:
     """Return all entries, by day. Raises ConfigError without a journal, and JournalError."""
-    with _journal_of(backend) as journal:
+    with backend.existing_journal("entries") as journal:
         return journal.entries.all()
 
 
@@ -52,7 +51,7 @@ def add_entries(
     """
     now = now or datetime.now(timezone.utc)
     entries, wrong = [], []
-    with _journal_of(backend) as journal:
+    with backend.existing_journal("entries") as journal:
         names = {row.get(one) for row in rows for one in ("task", "purchase")}
         purchases = journal.entries.purchases({name for name in names if name})
         for number, row in enumerate(rows):
@@ -61,8 +60,7 @@ def add_entries(
             except InputError as error:
                 wrong.append(f"{places[number]}: {error}" if places else str(error))
         if wrong:
-            count = "1 entry is" if len(wrong) == 1 else f"{len(wrong)} entries are"
-            raise InputError(f"{count} wrong, and nothing was entered:\n" + "\n".join(wrong))
+            raise wrong_entries(wrong)
         return journal.entries.add(entries, now, places)
 
 
@@ -72,18 +70,13 @@ def import_entries(backend: Backend, path: Path) -> EnteredRows:
     Raises InputError for a file that cannot be read, and as ``add_entries``.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        # Spreadsheets of many countries write semicolons.
-        delimiter = max((",", ";", "\t"), key=text.partition("\n")[0].count)
-        lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        names, numbered = read_csv(path)
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    names = [name.strip().lower() for name in lines[0]] if lines else []
     if unknown := [name for name in names if name not in (*ENTRY_COLUMNS, "entered_at")]:
         raise InputError(f"{path} has a column {unknown[0]!r}; use {', '.join(ENTRY_COLUMNS)}")
     if missing := [name for name in _NEEDED if name not in names]:
         raise InputError(f"{path} has no column {missing[0]}; it has {', '.join(names) or 'none'}")
-    numbered = [(number, cells) for number, cells in enumerate(lines[1:], start=1) if any(cells)]
     if uneven := [number for number, cells in numbered if len(cells) != len(names)]:
         raise InputError(f"{path.name} row {uneven[0]}: it has not {len(names)} cells")
     return add_entries(
@@ -91,17 +84,6 @@ def import_entries(backend: Backend, path: Path) -> EnteredRows:
         [dict(zip(names, cells, strict=True)) for _, cells in numbered],
         [f"{path.name} row {number}" for number, _ in numbered],
     )
-
-
-@contextmanager
-def _journal_of(backend: Backend) -> Iterator[Journal]:
-    if not backend.has_journal():
-        raise ConfigError(
-            "there is no journal, and entries are in the journal. Check that KREA_STORAGE and "
-            "KREA_JOURNAL_URL are those of the runs"
-        )
-    with backend.open_journal() as journal:
-        yield journal
 
 
 def _entry(row: Mapping[str, str], purchases: Mapping[str, str], today: date) -> AccountEntry:

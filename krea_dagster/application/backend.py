@@ -50,6 +50,17 @@ class Backend:
         with closing(Journal(self._journal_url())) as journal:
             yield journal
 
+    @contextmanager
+    def existing_journal(self, contents: str) -> Iterator[Journal]:
+        """Open the journal because of its ``contents``. Raises ConfigError if there is none."""
+        if not self.has_journal():
+            raise ConfigError(
+                f"there is no journal, and {contents} are in the journal. Check that KREA_STORAGE "
+                "and KREA_JOURNAL_URL are those of the runs"
+            )
+        with self.open_journal() as journal:
+            yield journal
+
     def has_journal(self) -> bool:
         """Return whether the journal exists. Raises ConfigError."""
         return has_database(self._journal_url())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -31,7 +30,7 @@ from krea_dagster.engine.journal.schema import requests
 from krea_dagster.engine.storage.page import write_page
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.engine.verdict import NONE, Verdict
-from krea_dagster.errors import ConfigError, InputError
+from krea_dagster.errors import InputError
 from krea_dagster.manifest import present_manifests
 from krea_dagster.parquet_files import open_parquet
 
@@ -60,7 +59,7 @@ class ImportedVerdicts:
 def export_verdicts(backend: Backend, path: Path, *, history: bool = False) -> int:
     """Write the verdicts to a file; see ``Krea.export_verdicts``."""
     form = form_of(path)
-    with _journal_of(backend) as journal:
+    with backend.existing_journal("verdicts") as journal:
         if history:
             found = journal.verdicts.history()
         else:
@@ -85,7 +84,7 @@ def import_verdicts(
         good, bad = read_verdict_file(path)
         rows += good
         wrong += bad
-    with _journal_of(backend) as journal:
+    with backend.existing_journal("verdicts") as journal:
         images = _KnownImages.read(backend.open_storage(), journal)
         merge = _Merge(images, journal.verdicts.history(), SystemClock().now(), reviewer)
         # Times of several files interleave; rows without a time are from now.
@@ -104,17 +103,6 @@ def import_verdicts(
         older=merge.older,
         unknown=[f"{place}: {name}" for name, place in merge.unknown.items()],
     )
-
-
-@contextmanager
-def _journal_of(backend: Backend) -> Iterator[Journal]:
-    if not backend.has_journal():
-        raise ConfigError(
-            "there is no journal, and verdicts are in the journal. Check that KREA_STORAGE and "
-            "KREA_JOURNAL_URL are those of the runs"
-        )
-    with backend.open_journal() as journal:
-        yield journal
 
 
 def _wrong_rows(wrong: Sequence[str]) -> InputError:

@@ -21,6 +21,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from krea_dagster.csv_files import read_csv
 from krea_dagster.engine.verdict import TAG_SEPARATORS, VERDICTS, Verdict
 from krea_dagster.errors import InputError
 
@@ -161,20 +162,12 @@ def _parquet_rows(path: Path) -> tuple[Sequence[str], _Rows]:
 
 
 def _csv_rows(path: Path) -> tuple[Sequence[str], _Rows]:
-    text = path.read_text(encoding="utf-8-sig")
-    head = text.partition("\n")[0]
-    # Spreadsheets of many countries write semicolons.
-    delimiter = max((",", ";", "\t"), key=head.count)
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    names = [name.strip().lower() for name in next(lines, [])]
+    names, rows = read_csv(path)
 
-    def rows() -> _Rows:
-        for number, cells in enumerate(lines, start=1):
-            if any(cells):
-                pairs = zip_longest(names, map(_without_guard, cells[: len(names)]), fillvalue="")
-                yield number, dict(pairs)
+    def with_names(cells: Sequence[str]) -> Mapping[str, str]:
+        return dict(zip_longest(names, map(_without_guard, cells[: len(names)]), fillvalue=""))
 
-    return names, iter(list(rows()))
+    return names, ((number, with_names(cells)) for number, cells in rows)
 
 
 def _without_guard(text: str) -> str:

@@ -16,6 +16,7 @@ from sqlalchemy import BigInteger, Connection, func, select, type_coerce
 
 from krea_dagster.engine.journal.database import DatabaseLog
 from krea_dagster.engine.journal.entry_log import read_entries
+from krea_dagster.engine.journal.purchase_reads import DAY_US
 from krea_dagster.engine.journal.rows import AccountReading
 from krea_dagster.engine.journal.schema import (
     account_readings,
@@ -24,8 +25,6 @@ from krea_dagster.engine.journal.schema import (
     submissions,
     time_of,
 )
-
-_DAY_US: Final = 86_400_000_000
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _committed(
 ) -> tuple[dict[date, int], int]:
     """Return what was committed with some keys, or all (None): by day, and after a time."""
     sent_at: Any = type_coerce(submissions.c.sent_at, BigInteger)
-    day, is_later = (sent_at - sent_at % _DAY_US).label("day"), (sent_at > last_us).label("later")
+    day, is_later = (sent_at - sent_at % DAY_US).label("day"), (sent_at > last_us).label("later")
     units = func.sum(submissions.c.committed_units).label("units")
     query = select(day, is_later, units).group_by(day, is_later)
     if keys is not None:

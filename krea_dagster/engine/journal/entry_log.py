@@ -106,17 +106,19 @@ class EntryLog(DatabaseLog):
             for number, entry in enumerate(entries):
                 merge.take(entry, places[number] if places else "")
             if merge.wrong:
-                count = len(merge.wrong)
-                raise InputError(
-                    f"{count} {'entry is' if count == 1 else 'entries are'} wrong, and nothing was "
-                    "entered:\n" + "\n".join(merge.wrong)
-                )
+                raise wrong_entries(merge.wrong)
             added = [replace(one, entered_at=at) for one in merge.added]
             if added:
                 connection.execute(insert(account_entries), list(map(_row, added)))
             return EnteredRows(added, merge.known)
 
         return self._database.write("enter into", write)
+
+
+def wrong_entries(sentences: Sequence[str]) -> InputError:
+    """Return the error of entries that are wrong, with a sentence on each."""
+    count = "1 entry is" if len(sentences) == 1 else f"{len(sentences)} entries are"
+    return InputError(f"{count} wrong, and nothing was entered:\n" + "\n".join(sentences))
 
 
 def read_entries(connection: Connection) -> list[AccountEntry]:
