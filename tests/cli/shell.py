@@ -34,11 +34,18 @@ class Shell:
         write_table(self.folder / "prompts.parquet", columns)
 
     def run(self, *arguments: str) -> Outcome:
-        """Run the command in this process, which spares it four seconds of imports."""
-        self.patch.setattr(sys, "argv", ["krea-dagster", *arguments])
-        self.capture.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.run()
-        captured = self.capture.readouterr()
-        code = ended.value.code
-        return Outcome(code if isinstance(code, int) else 0, captured.out, captured.err)
+        """Run the command."""
+        return run_command(self.patch, self.capture, *arguments)
+
+
+def run_command(
+    patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str], *arguments: str
+) -> Outcome:
+    """Run the command in this process, which spares it four seconds of imports."""
+    patch.setattr(sys, "argv", ["krea-dagster", *arguments])
+    capture.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.run()
+    captured = capture.readouterr()
+    code = ended.value.code
+    return Outcome(code if isinstance(code, int) else 0, captured.out, captured.err)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from krea_dagster.emulator import Emulator
+from tests.cli.shell import Outcome, run_command
 from tests.dagster_bench import OpenAccount
-from tests.spend.project_harness import ProjectHarness
+from tests.spend.project_harness import CommandOn, ProjectHarness
 
 NAMES = ("ash", "birch", "cedar", "date")
 
@@ -47,3 +49,15 @@ def shared_project(_bought_once: ProjectHarness) -> Iterator[ProjectHarness]:
     yield _bought_once
     shutil.rmtree(_bought_once.folder / "krea")
     shutil.copytree(_bought_once.folder / "honest", _bought_once.folder / "krea")
+
+
+@pytest.fixture
+def command_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandOn:
+    """Return a function that gives the command krea-dagster on a project."""
+
+    def of(project: ProjectHarness) -> Callable[..., Outcome]:
+        monkeypatch.setenv("KREA_STORAGE", str(project.folder / "krea"))
+        monkeypatch.setenv("KREA_PROMPTS", str(project.folder / "prompts.parquet"))
+        return partial(run_command, monkeypatch, capsys)
+
+    return of

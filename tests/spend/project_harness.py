@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +28,7 @@ from krea_dagster.manifest import write_manifest_parts
 from krea_dagster.prompts import PlannedImage, PromptTable, parse_partition_by
 from krea_dagster.spend.proof.findings import Proof
 from krea_dagster.spend.quote import Quote
+from tests.cli.shell import Outcome
 from tests.dagster_bench import write_table
 from tests.prompts.reference import images_of
 
@@ -154,3 +155,7 @@ class ProjectHarness:
 def kinds(proof: Proof) -> list[str]:
     """Return the kind of each finding of a proof."""
     return [finding.kind.value for finding in proof.findings]
+
+
+#: Gives the command krea-dagster on a project: it takes arguments, and returns how it ended.
+CommandOn: TypeAlias = Callable[[ProjectHarness], Callable[..., Outcome]]

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import sqlite3
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from datetime import date, datetime, timedelta, timezone
@@ -18,14 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from krea_dagster import cli
 from krea_dagster.application.account import add_entries
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import InputError
 from krea_dagster.plugin.assets.spend import spend_metadata
 from krea_dagster.spend.report.report_data import figures_of
 from krea_dagster.spend.tables.query import stored_tables
-from tests.spend.project_harness import ProjectHarness
+from tests.spend.project_harness import CommandOn, ProjectHarness
 
 Shell = Callable[..., str]
 
@@ -35,26 +33,16 @@ CHARGED = 4 * 4_500
 
 @pytest.fixture
 def shell(
-    bought_project: ProjectHarness,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    bought_project: ProjectHarness, command_on: CommandOn, monkeypatch: pytest.MonkeyPatch
 ) -> Shell:
     """Run ``krea-dagster`` on a project of four purchases; return what it prints, and its error."""
-    monkeypatch.setenv("KREA_STORAGE", str(bought_project.folder / "krea"))
-    monkeypatch.setenv("KREA_PROMPTS", str(bought_project.folder / "prompts.parquet"))
     monkeypatch.setenv("COLUMNS", "200")
+    command = command_on(bought_project)
 
     def run(*arguments: str, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["krea-dagster", *arguments])
-        capsys.readouterr()
-        ended = 0
-        try:
-            cli.run()
-        except SystemExit as error:
-            ended = int(error.code or 0)
-        printed = capsys.readouterr()
-        assert ended == code, printed.err
-        return printed.err if code else printed.out
+        ended = command(*arguments)
+        assert ended.code == code, ended.err
+        return ended.err if code else ended.out
 
     return run
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -19,7 +18,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from krea_dagster import cli
 from krea_dagster.application.settings import Settings
 from krea_dagster.application.spend import SpendPeriod, spend_of, update_tables
 from krea_dagster.engine.storage.storage import Storage
@@ -29,27 +27,20 @@ from krea_dagster.spend.prices import CreditPrice, CreditPrices
 from krea_dagster.spend.report.report_data import figures_of
 from krea_dagster.spend.tables.query import stored_tables
 from krea_dagster.spend.text import rounded, unique_names
-from tests.spend.project_harness import ProjectHarness
+from tests.spend.project_harness import CommandOn, ProjectHarness
 
 Shell = Callable[..., str]
 
 
 @pytest.fixture
-def shell(
-    bought_project: ProjectHarness,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Shell:
+def shell(bought_project: ProjectHarness, command_on: CommandOn) -> Shell:
     """Run ``krea-dagster spend`` on a project of four purchases; return what it prints."""
-    monkeypatch.setenv("KREA_STORAGE", str(bought_project.folder / "krea"))
-    monkeypatch.setenv("KREA_PROMPTS", str(bought_project.folder / "prompts.parquet"))
+    command = command_on(bought_project)
 
     def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["krea-dagster", "spend", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit, match="0"):
-            cli.run()
-        return capsys.readouterr().out
+        ended = command("spend", *arguments)
+        assert ended.code == 0, ended.err
+        return ended.out
 
     return run
 

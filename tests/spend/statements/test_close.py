@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from datetime import date, datetime, timezone
 from decimal import Decimal
@@ -18,13 +17,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from krea_dagster import cli
 from krea_dagster.application.close import close_month
 from krea_dagster.errors import ConfigError, InputError
 from krea_dagster.spend.prices import CreditPrice
 from krea_dagster.spend.proof.findings import FindingKind
 from krea_dagster.spend.statements.statement import STATEMENT_SCHEMA
-from tests.spend.project_harness import ProjectHarness, kinds
+from tests.spend.project_harness import CommandOn, ProjectHarness, kinds
 
 Shell = Callable[..., str]
 AFTER = datetime(2026, 11, 1, tzinfo=timezone.utc)
@@ -56,24 +54,14 @@ def rows_of(project: ProjectHarness) -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture
-def shell(
-    months: ProjectHarness, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Shell:
-    monkeypatch.setenv("KREA_STORAGE", str(months.folder / "krea"))
-    monkeypatch.setenv("KREA_PROMPTS", str(months.folder / "prompts.parquet"))
+def shell(months: ProjectHarness, command_on: CommandOn, monkeypatch: pytest.MonkeyPatch) -> Shell:
     monkeypatch.setenv("COLUMNS", "200")
+    command = command_on(months)
 
     def run(*arguments: str, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["krea-dagster", *arguments])
-        capsys.readouterr()
-        ended = 0
-        try:
-            cli.run()
-        except SystemExit as error:
-            ended = int(error.code or 0)
-        printed = capsys.readouterr()
-        assert ended == code, printed.err
-        return printed.err if code == 2 else printed.out
+        ended = command(*arguments)
+        assert ended.code == code, ended.err
+        return ended.err if code == 2 else ended.out
 
     return run
 

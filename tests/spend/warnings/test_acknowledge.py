@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,14 +14,14 @@ import dagster as dg
 import pytest
 from sqlalchemy import text
 
-from krea_dagster import KreaResource, cli
+from krea_dagster import KreaResource
 from krea_dagster.application.acknowledge import acknowledge
 from krea_dagster.application.spend import update_tables
 from krea_dagster.application.spend_alerts import post_alerts
 from krea_dagster.application.spend_warnings import recent_warnings
 from krea_dagster.errors import ConfigError, InputError
 from krea_dagster.spend.warnings.spend_warning import SpendWarning
-from tests.spend.project_harness import ProjectHarness
+from tests.spend.project_harness import CommandOn, ProjectHarness
 from tests.spend.warnings.test_asset_checks import evaluations
 
 AT = datetime(2026, 11, 2, 9, tzinfo=timezone.utc)
@@ -38,20 +37,14 @@ def project(bought_project: ProjectHarness) -> ProjectHarness:
 
 
 @pytest.fixture
-def shell(
-    project: ProjectHarness, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Shell:
-    monkeypatch.setenv("KREA_STORAGE", str(project.folder / "krea"))
-    monkeypatch.setenv("KREA_PROMPTS", str(project.folder / "prompts.parquet"))
+def shell(project: ProjectHarness, command_on: CommandOn, monkeypatch: pytest.MonkeyPatch) -> Shell:
     monkeypatch.setenv("KREA_SOFT_BUDGETS", "day=2")
+    command = command_on(project)
 
     def run(*arguments: str, exit_code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["krea-dagster", "spend", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit, match=str(exit_code)):
-            cli.run()
-        said = capsys.readouterr()
-        return said.out + said.err
+        ended = command("spend", *arguments)
+        assert ended.code == exit_code, ended.err
+        return ended.out + ended.err
 
     return run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date, datetime, timedelta, timezone
@@ -15,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krea_dagster import cli
 from krea_dagster.application.account import add_entries
 from krea_dagster.engine.journal.balance_log import AccountHistory
 from krea_dagster.engine.journal.rows import AccountReading
@@ -27,7 +25,7 @@ from krea_dagster.spend.warnings.load_history import observe
 from krea_dagster.spend.warnings.run_out import RunOut, run_out, run_out_words
 from krea_dagster.spend.warnings.spend_warning import WarningKind
 from krea_dagster.spend.warnings.warnings import find_warnings
-from tests.spend.project_harness import ProjectHarness
+from tests.spend.project_harness import CommandOn, ProjectHarness
 from tests.spend.simulated_tables import END, simulated_year
 
 TODAY = date(2026, 11, 20)
@@ -156,20 +154,13 @@ def test_what_was_committed_since_counts_and_what_was_entered_for_later_days(
 
 
 @pytest.fixture
-def shell(
-    bought_project: ProjectHarness,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Callable[..., str]:
-    monkeypatch.setenv("KREA_STORAGE", str(bought_project.folder / "krea"))
-    monkeypatch.setenv("KREA_PROMPTS", str(bought_project.folder / "prompts.parquet"))
+def shell(bought_project: ProjectHarness, command_on: CommandOn) -> Callable[..., str]:
+    command = command_on(bought_project)
 
     def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["krea-dagster", "spend", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit, match="0"):
-            cli.run()
-        return capsys.readouterr().out
+        ended = command("spend", *arguments)
+        assert ended.code == 0, ended.err
+        return ended.out
 
     return run
 
