@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from krea_dagster.application.run_text import (
@@ -12,8 +13,10 @@ from krea_dagster.application.run_text import (
     end_line,
     progress_line,
     quote_line,
+    trial_line,
 )
 from krea_dagster.engine.run.report import Progress
+from krea_dagster.prompts.trial import TrialRows
 from krea_dagster.spend.quote import Quote, QuoteLine
 
 
@@ -60,6 +63,17 @@ def test_the_first_line_says_what_will_be_bought_and_its_cost_at_most(
 def test_images_that_are_held_back_are_not_said_to_be_stored() -> None:
     line = quote_line(quote_of({"asked": 5, "reused": 5}), held=3)
     assert line == "5 images in 2 partitions: 2 stored already, none to buy, 3 held back."
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        (2, "A trial: 2 of 3 rows. The same without limit and sample takes the others."),
+        (3, "A trial: 3 of 3 rows."),
+    ],
+)
+def test_a_trial_of_all_rows_leaves_no_others(rows: int, line: str) -> None:
+    assert trial_line(TrialRows(rows, 3, np.ones(3, np.bool_), {})) == line
 
 
 def test_the_first_line_names_the_cap_that_defers_purchases() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
+from krea_dagster.application.settings import Settings
 from krea_dagster.cli.show_runs import materialized_figures, show_materialized
+from krea_dagster.cli.terminal import say_synthetic
 from krea_dagster.engine.run.report import Progress
 from krea_dagster.manifest import MANIFEST_SCHEMA
 from krea_dagster.plugin.materialize import MISSING_COLUMNS, Materialized
@@ -59,3 +61,20 @@ def test_rows_with_the_same_code_are_one_reason_although_each_message_has_its_ow
             "rows": "row-0, row-1, row-2, row-3, row-4 …",
         }
     ]
+
+
+@pytest.mark.parametrize(
+    ("environ", "advice"),
+    [
+        ({}, "Set EVOLINK_API_KEY to buy"),
+        (
+            {"EVOLINK_API_KEY": "k", "EVOLINK_BASE_URL": "http://127.0.0.1:9"},
+            "Unset EVOLINK_BASE_URL and set EVOLINK_API_KEY to buy",
+        ),
+    ],
+)
+def test_how_to_buy_real_images_fits_the_settings(
+    capsys: pytest.CaptureFixture[str], environ: dict[str, str], advice: str
+) -> None:
+    say_synthetic(Settings.from_environment(environ))
+    assert f"\n│ {advice} " in capsys.readouterr().err
