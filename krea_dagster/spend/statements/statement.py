@@ -62,8 +62,8 @@ _AMOUNTS: Final = (
     *("credits_charged", "credits_refunded", "credits_bought", "credits_given", "paid"),
 )
 
+#: All that statements are about: purchases and entries.
 _FACTS: Final = f"""
-    CREATE TEMP VIEW facts AS
     SELECT strftime(day, '%Y-%m') AS month, 'purchase' AS kind, idempotency_key AS fact_id, day,
         task_id, prompt_id, partition_key, run_id, quality, size, outcome, attributes, tags,
         credits_charged, credits_unknown, credit_price, strftime(day, '%Y-%m') AS of_month
@@ -94,16 +94,15 @@ class StatementSums:
 
 
 def months_of_facts(duck: DuckDB) -> list[str]:
-    """Return the months with a purchase or an entry. Creates the view ``facts``."""
-    duck.execute(_FACTS)
-    found = duck.sql("SELECT DISTINCT month FROM facts ORDER BY month").fetchall()
+    """Return the months with a purchase or an entry."""
+    found = duck.sql(f"SELECT DISTINCT month FROM ({_FACTS}) ORDER BY month").fetchall()
     return [row[0] for row in found]
 
 
 def statement_rows(duck: DuckDB, month: str, earlier: Sequence[pa.Table]) -> pa.Table:
     """Return the rows of a month's statement, after the ``earlier`` statements.
 
-    ``duck`` has the views of the spend tables in UTC, and ``facts``. Months that had no statement
+    ``duck`` has the views of the spend tables in UTC. Months that had no statement
     of their own before the last one are adjusted by this one.
     """
     stated = pa.concat_tables([STATEMENT_SCHEMA.empty_table(), *earlier], promote_options="default")
@@ -125,7 +124,7 @@ def statement_rows(duck: DuckDB, month: str, earlier: Sequence[pa.Table]) -> pa.
         f"""
         SELECT *, month < $month AS adjusts FROM (
             SELECT {keys}, {described_now}, {changes} FROM (
-                SELECT *, true AS is_now FROM facts WHERE month <= $month
+                SELECT *, true AS is_now FROM ({_FACTS}) WHERE month <= $month
                 UNION ALL BY NAME
                 SELECT {keys}, {sums}, {described_then}, false AS is_now
                 FROM stated_rows GROUP BY {keys}
