@@ -38,7 +38,7 @@ from krea_dagster.errors import ConfigError
 from krea_dagster.manifest import Manifests, manifest_parts, manifest_schema
 from krea_dagster.prompts import PLAN_SCHEMA, HashPartitions, Plan, PromptTable
 from krea_dagster.prompts.partitioning import MultiPartitions, TimePartitions
-from krea_dagster.prompts.requests import drawn_seed
+from krea_dagster.prompts.requests import PlannedImage, drawn_seed
 from krea_dagster.prompts.trial import Trial, TrialRows
 
 #: States in which a request has ended, so that another image may be requested.
@@ -212,14 +212,19 @@ class Batch:
             self._refuse_fixed(samples, _gone_for_good(backend))
         return samples
 
+    def images_of(self, samples: Collection[Sample]) -> Iterator[PlannedImage]:
+        """Yield the images of this batch that are these (prompt_id, sample)."""
+        wanted = set(samples)
+        for image in self.plan.named({prompt_id for prompt_id, _ in wanted}):
+            if (image.prompt_id, image.sample) in wanted:
+                yield image
+
     def _refuse_fixed(self, samples: Sequence[Sample], gone: Collection[str]) -> None:
         """Refuse to buy the same image again, unless it is ``gone``: the table fixes its seed."""
-        names = {prompt_id for prompt_id, _ in samples}
-        for image in self.plan.named(names):
+        for image in self.images_of(samples):
             request = image.request
             drawn = drawn_seed(image.prompt_id, image.sample, request.attempt)
-            fixed = request.seed != drawn and request.request_key not in gone
-            if (image.prompt_id, image.sample) in samples and fixed:
+            if request.seed != drawn and request.request_key not in gone:
                 raise ConfigError(
                     f"the prompt table fixes the seed of row {image.prompt_id!r}: another image of "
                     "it would be the same image, paid for twice. Nothing was bought. Use "
@@ -240,8 +245,7 @@ class Batch:
         """Return whether each of these samples, at its attempt in this batch, has ended."""
         keys = {
             (image.prompt_id, image.sample, image.request.attempt): image.request.request_key
-            for image in self.plan.named({prompt_id for prompt_id, _ in samples})
-            if (image.prompt_id, image.sample) in samples
+            for image in self.images_of(samples)
         }
         records = journal.records(keys.values())
         return {name: key in records and _has_ended(records[key]) for name, key in keys.items()}

@@ -106,11 +106,6 @@ class BuyOptions(BaseModel):
         name = "sample" if self.limit is None else "limit"
         return self.model_copy(update={name: rows})
 
-    @property
-    def only_missing(self) -> bool:
-        """Whether the run buys what is missing, and decides about nothing else."""
-        return not (self.regenerate or self.retry_errors or self.resolve)
-
     def waits(self, by_default: bool) -> bool:
         """Return whether the run waits for its images."""
         return by_default if self.wait is None else self.wait

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from krea_dagster.application.backend import Backend
 from krea_dagster.application.batch import Batch
-from krea_dagster.application.buy_options import BuyOptions
+from krea_dagster.application.buy_options import BuyOptions, Sample
 from krea_dagster.application.curation import Curation
 from krea_dagster.application.manifest_summary import ManifestSummary
 from krea_dagster.application.plan_state import PlanState
@@ -149,11 +149,14 @@ def run(
     return Ran(report, total, paths, pruned)
 
 
-def check_options(backend: Backend, batch: Batch, options: BuyOptions) -> None:
-    """Refuse options that name a row or purchase that does not exist. Raises ConfigError."""
-    batch.selected(options, backend, all_rows=True)
+def check_options(backend: Backend, batch: Batch, options: BuyOptions) -> list[Sample]:
+    """Return the (prompt_id, sample) that the options regenerate.
+
+    Raises ConfigError for options that name a row or purchase that does not exist.
+    """
+    samples = batch.selected(options, backend, all_rows=True)
     if not options.resolve:
-        return
+        return samples
     resolutions = options.resolutions(batch.plan)
     images = list(batch.plan.named(options.resolve))
     unknown = {record.request_key for record in backend.unknown()}
@@ -170,6 +173,7 @@ def check_options(backend: Backend, batch: Batch, options: BuyOptions) -> None:
             )
         if decision.startswith("task:"):
             _check_task(backend, name, decision.removeprefix("task:"), len(keys))
+    return samples
 
 
 def _check_task(backend: Backend, name: str, task_id: str, purchases: int) -> None:

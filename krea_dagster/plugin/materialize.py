@@ -116,7 +116,9 @@ def materialize(
     with Batch.read(table, keys, krea, to_buy=True, look=True, trial=trial) as batch:
         for note in batch.notes:
             runs.say(f"Note: {note}.")
-        check_options(krea, batch, options)
+        samples = check_options(krea, batch, options)
+        if options.regenerate and not samples:
+            runs.say(f"Note: --again {', '.join(options.regenerate)} selects no row.")
         state = batch.state(krea)
         in_table = table.partition_keys()
         job = definitions_of(settings).resolve_job_def(JOB_NAME)
@@ -134,9 +136,12 @@ def materialize(
                 plan_metadata(batch.plan),
             )
             to_run = chosen
-            if (options.only_missing and not partitions) or trial is not None:
+            if not partitions or trial is not None:
                 found = ranges(partitions_def, chosen, known)
-                to_run = _unfinished(instance, krea, batch, found, known=known, state=state)
+                again = {image.partition_key for image in batch.images_of(samples)}
+                to_run = _unfinished(
+                    instance, krea, batch, found, known=known, state=state, again=again
+                )
                 runs.leave_out(batch, set(chosen) - set(to_run))
             with batch.handed_over(state):
                 for start, end in ranges(partitions_def, to_run, known):
@@ -196,10 +201,11 @@ def _unfinished(
     *,
     known: Sequence[str],
     state: PlanState,
+    again: Collection[str],
 ) -> list[str]:
     """Return the partitions of these ranges, without those at their ends that need no run.
 
-    Those without a row of a trial need none.
+    Those without a row of a trial need none; those in ``again`` need one, though all is stored.
     """
     rows = None if batch.trial_rows is None else batch.trial_rows.by_partition
     delivered = delivered_partitions(instance, Names())
@@ -211,6 +217,7 @@ def _unfinished(
                 (rows is not None and not rows.get(key))
                 or (
                     key in delivered
+                    and key not in again
                     and is_finished(
                         krea, batch, journal, key, intact=state.intact[batch.plan.place(key)]
                     )

@@ -13,6 +13,7 @@ import pytest
 from krea_dagster import BuyOptions, Krea, Settings
 from krea_dagster.emulator import Emulator
 from krea_dagster.engine.run.report import Progress
+from krea_dagster.engine.verdict import Verdict
 from krea_dagster.plugin.materialize import Materialized, materialize
 from tests.dagster_bench import posts, write_table
 
@@ -162,10 +163,51 @@ def test_a_missing_row_is_asked_for_in_every_run(project: ProjectHarness) -> Non
         assert "b" in project.run_partitions(done)[0]
 
 
-def test_rows_that_are_regenerated_are_run(project: ProjectHarness, emulator: Emulator) -> None:
+def test_only_the_partitions_of_rows_that_are_regenerated_are_run(
+    project: ProjectHarness, emulator: Emulator
+) -> None:
     project.materialize()
     before = posts(emulator)
-    project.materialize(options=BuyOptions(regenerate=["b1"]))
+    done = project.materialize(options=BuyOptions(regenerate=["b1"]))
+    assert posts(emulator) == before + 1
+    assert project.run_partitions(done) == [["b"]]
+    assert (done.progress.total, done.progress.reused, done.progress.delivered) == (6, 5, 1)
+
+
+def test_only_the_partition_of_a_rejected_image_is_run(
+    project: ProjectHarness, emulator: Emulator
+) -> None:
+    project.materialize()
+    before = posts(emulator)
+    row = pq.read_table(project.manifest("c")).to_pylist()[0]
+    named = (row["request_key"], row["prompt_id"], row["sample"], row["attempt"], "c")
+    with Krea(project.settings).open_journal() as journal:
+        journal.verdicts.add([Verdict("v", row["image_sha256"], "reject", "ann", *named)])
+    done = project.materialize(options=BuyOptions(regenerate=["rejected"]))
+    assert posts(emulator) == before + 1
+    assert project.run_partitions(done) == [["c"]]
+
+
+@pytest.mark.parametrize("rows", ["rejected", "pruned", "error:content_policy_violation"])
+def test_a_keyword_that_selects_no_row_is_said_and_launches_no_run(
+    project: ProjectHarness, emulator: Emulator, rows: str
+) -> None:
+    project.materialize()
+    before, listener = posts(emulator), Listening()
+    done = materialize(project.settings, options=BuyOptions(regenerate=[rows]), listener=listener)
+    assert f"Note: --again {rows} selects no row." in listener.said
+    assert (done.run_ids, posts(emulator)) == ([], before)
+
+
+def test_a_row_that_failed_is_bought_again_by_its_error_code(
+    project: ProjectHarness, emulator: Emulator
+) -> None:
+    """Its partition is never finished, so that no option has to say so."""
+    project.add_row("refused", "b", "[emulator: refuse] this")
+    code = project.materialize().missing["error_code"][0].as_py()
+    before = posts(emulator)
+    done = project.materialize(options=BuyOptions(retry_errors=[code]))
+    assert project.run_partitions(done) == [["b"]]
     assert posts(emulator) == before + 1
 
 
