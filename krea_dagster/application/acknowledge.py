@@ -35,9 +35,7 @@ def acknowledge(
         raise ConfigError("there is no journal yet: nothing was spent")
     now = now or datetime.now(timezone.utc)
     update_tables(backend, by=kept_columns(backend.open_storage()))
-    history = history_of(backend, now=now)
-    threshold = backend.settings.spend_threshold
-    found = [] if history is None else find_warnings(history, now, threshold)
+    found = find_warnings(history_of(backend, now=now), now, backend.settings.spend_threshold)
     warning = next((one for one in found if one.warning_id == warning_id), None)
     with backend.open_journal() as journal:
         known = journal.acknowledgements.current()

@@ -35,8 +35,7 @@ from krea_dagster.spend.tables.sql import DuckDB
 from krea_dagster.spend.tables.state import SpendState
 from krea_dagster.spend.tables.update import SpendUpdate, update_spend
 from krea_dagster.spend.tables.views import is_utc
-from krea_dagster.spend.warnings.budgets import BudgetLine, budget_lines, hard_budgets
-from krea_dagster.spend.warnings.history import Balance, SpendHistory
+from krea_dagster.spend.warnings.history import Balance, BudgetUse
 from krea_dagster.spend.warnings.spend_warning import SpendWarning
 
 
@@ -87,7 +86,7 @@ class Spend:
     period: SpendPeriod
     prices: CreditPrices
     where: str
-    budgets: Sequence[BudgetLine] = ()
+    budgets: Sequence[BudgetUse] = ()
     entries: EntrySums = field(default_factory=EntrySums)
     closed: ClosedMonth | None = None
     since_closed: tuple[int, int] = (0, 0)
@@ -115,9 +114,7 @@ def spend_of(
     """
     period = period or SpendPeriod(zone=backend.settings.timezone)
     now = now or datetime.now(timezone.utc)
-    caps, soft = hard_budgets(backend.caps()), backend.soft_budgets()
-    named = {*by, *(budget.name for budget in [*caps, *soft] if budget.name)}
-    needs_manifest = bool(named - MADE.keys() - {*LEDGER_SCHEMA.names})
+    needs_manifest = bool({*by} - MADE.keys() - {*LEDGER_SCHEMA.names})
     with closing(_opened(backend, period.zone, manifest=needs_manifest)) as duck:
         if by:
             lines = sums(duck, by, since=period.since, until=period.until)
@@ -127,19 +124,14 @@ def spend_of(
         entered = entry_sums(duck, period.since, period.until)
         today = from_today(duck, by) if needs_manifest else {}
         closed, since_closed = _closed(backend, duck, period)
-        budgets = budget_lines(duck, caps, soft, now) if is_utc(period.zone) else None
-    storage = backend.open_storage()
-    if budgets is None:  # the days of a budget are UTC, as for the caps
-        with closing(open_tables(storage, manifest=needs_manifest)) as duck:
-            budgets = budget_lines(duck, caps, soft, now)
-    history = history_of(backend, now=now, account=False) or SpendHistory()
+    history = history_of(backend, now=now, account=False)
     return Spend(
         names,
         lines,
         period,
         backend.credit_prices(),
-        redact.location(storage.locate("")),
-        budgets,
+        redact.location(backend.open_storage().locate("")),
+        history.budgets,
         entered,
         closed,
         since_closed,

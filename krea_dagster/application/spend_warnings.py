@@ -11,6 +11,7 @@ from krea_dagster.application.backend import Backend
 from krea_dagster.engine.budget import Budget
 from krea_dagster.spend.proof.verify import account_proof
 from krea_dagster.spend.tables.query import stored_tables
+from krea_dagster.spend.tables.state import SpendState
 from krea_dagster.spend.warnings.budgets import hard_budgets
 from krea_dagster.spend.warnings.history import SpendHistory
 from krea_dagster.spend.warnings.load_history import observe
@@ -23,26 +24,24 @@ RECENT_DAYS: Final = 7
 
 def history_of(
     backend: Backend, budgets: Sequence[Budget] = (), *, now: datetime, account: bool = True
-) -> SpendHistory | None:
-    """Return the history that warnings are found in; None without spend tables.
+) -> SpendHistory:
+    """Return the history in the spend tables that warnings are found in.
 
     ``budgets`` only warn, in addition to all of the settings. Without ``account`` the account is
     not compared with the journal, which reads every charge. Raises ConfigError for a budget of an
     unknown column, and JournalError.
     """
-    every = [*hard_budgets(backend.caps()), *budgets, *backend.soft_budgets()]
-    has_columns = any(budget.name for budget in every)
-    tables = stored_tables(backend.open_storage(), manifest=has_columns)
-    if not tables.months or not backend.has_journal():
-        return None
+    hard, soft = hard_budgets(backend.caps()), [*budgets, *backend.soft_budgets()]
+    has_columns = any(budget.name for budget in [*hard, *soft])
     with backend.open_journal() as journal:
         proof = account_proof(journal) if account else None
         acknowledged = journal.acknowledgements.current()
         accounts = journal.balances.accounts()
     history = observe(
-        tables,
+        stored_tables(backend.open_storage(), manifest=has_columns),
         now=now,
-        budgets=every,
+        hard=hard,
+        soft=soft,
         account=proof,
         acknowledgements=acknowledged,
         accounts=accounts,
@@ -54,8 +53,10 @@ def recent_warnings(
     backend: Backend, budgets: Sequence[Budget] = (), *, now: datetime
 ) -> list[SpendWarning] | None:
     """Return the warnings of the last days; None without spend tables, and as ``history_of``."""
-    history = history_of(backend, budgets, now=now)
-    return None if history is None else warnings_in(backend, history, now)
+    known = SpendState.read(backend.open_storage())
+    if known is None or not known.months or not backend.has_journal():
+        return None
+    return warnings_in(backend, history_of(backend, budgets, now=now), now)
 
 
 def warnings_in(backend: Backend, history: SpendHistory, now: datetime) -> list[SpendWarning]:

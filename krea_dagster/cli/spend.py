@@ -319,8 +319,8 @@ def _budget_table(shown: Spend) -> Table:
     for name in ("cap", "used", "left", "forecast"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in shown.budgets:
-        units = (one.use.cap_units, one.use.used_units, one.left_units)
+        units = (one.cap_units, one.used_units, one.left_units)
         forecast = "–" if one.forecast_units is None else rough(one.forecast_units)
-        name = escape(printable(one.use.name))
+        name = escape(printable(one.name))
         table.add_row(name, one.kind, *map(credits_text, units), forecast)
     return table

@@ -71,10 +71,10 @@ def spend_figures(shown: Spend) -> dict[str, Any]:
         },
         "budgets": [
             {
-                "budget": one.use.name,
+                "budget": one.name,
                 "kind": one.kind,
-                "credits_cap": _exact(one.use.cap_units),
-                "credits_used": _exact(one.use.used_units),
+                "credits_cap": _exact(one.cap_units),
+                "credits_used": _exact(one.used_units),
                 "credits_left": _exact(one.left_units),
                 "credits_forecast": None
                 if one.forecast_units is None

@@ -160,7 +160,7 @@ def test_a_budget_is_of_utc_days_and_months_in_every_time_zone(
     for zone in ("UTC", "Europe/Berlin"):
         for now, used in ((late, 4), (late + timedelta(hours=1), 0)):
             spend = spend_of(krea, period=SpendPeriod(zone=zone), now=now)
-            assert [line.use.used_units for line in spend.budgets] == [used * 4_500] * 2, zone
+            assert [line.used_units for line in spend.budgets] == [used * 4_500] * 2, zone
 
 
 def test_all_budgets_are_in_one_table(

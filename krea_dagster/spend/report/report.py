@@ -7,7 +7,6 @@ quotients (dollars, credits per image) are rounded.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import ROUND_HALF_UP, Decimal
@@ -41,9 +40,8 @@ from krea_dagster.spend.tables.query import SpendLine
 from krea_dagster.spend.tables.views import SpendTables
 from krea_dagster.spend.text import CENT_UNITS, amount, credits_words, day_words, rough, rounded
 from krea_dagster.spend.warnings.anomaly import THRESHOLD
-from krea_dagster.spend.warnings.budgets import BudgetLine, budget_lines
 from krea_dagster.spend.warnings.forecast import Forecast, forecast_usual
-from krea_dagster.spend.warnings.history import BALANCE_DAYS, Balance
+from krea_dagster.spend.warnings.history import BALANCE_DAYS, Balance, BudgetUse
 from krea_dagster.spend.warnings.load_history import observe
 from krea_dagster.spend.warnings.run_out import run_out_words
 from krea_dagster.spend.warnings.spend_warning import SpendWarning, WarningKind
@@ -121,7 +119,8 @@ def write_report(
     history = observe(
         tables,
         now=now,
-        budgets=[*caps, *soft],
+        hard=caps,
+        soft=soft,
         account=account,
         acknowledgements=acknowledgements,
         accounts=accounts,
@@ -130,8 +129,6 @@ def write_report(
     found = find_warnings(history, now, threshold)
     warnings = [one for one in found if since is None or one.until >= since]
     today = now.astimezone(timezone.utc).date()
-    with closing(tables.open()) as duck:
-        budgets = budget_lines(duck, caps, soft, now)
     page = render(
         figures,
         warnings,
@@ -140,7 +137,7 @@ def write_report(
         caps=caps,
         title=title,
         zone=zone,
-        budgets=budgets,
+        budgets=history.budgets,
         forecast=forecast_usual(history.spent(today), today, history.grain_units),
         balances=None if is_past else list(zip(history.balances, accounts, strict=True)),
     ).encode()
@@ -160,7 +157,7 @@ def render(
     caps: Sequence[Budget],
     title: str,
     zone: str = "UTC",
-    budgets: Sequence[BudgetLine] = (),
+    budgets: Sequence[BudgetUse] = (),
     forecast: Forecast | None,
     balances: Sequence[tuple[Balance, AccountHistory]] | None = None,
 ) -> str:

@@ -122,7 +122,6 @@ def stored_tables(storage: Storage, *, manifest: bool = True) -> SpendTables:
         read("spend/failures", FAILURES_SCHEMA),
         read("manifest", MANIFEST_SCHEMA) if manifest else MANIFEST_SCHEMA.empty_table(),
         entries=_stored_entries(storage),
-        months=sum(name.endswith(".parquet") for name in storage.names("spend/ledger")),
     )
 
 

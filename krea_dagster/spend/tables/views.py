@@ -70,13 +70,12 @@ _SUMS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class SpendTables:
-    """The three spend tables, the manifests, how many months have files, entries and balances."""
+    """The three spend tables, the manifests, entries and balances."""
 
     ledger: Table
     daily: Table
     failures: Table
     manifest: Table = field(default_factory=MANIFEST_SCHEMA.empty_table)
-    months: int = 0
     entries: pa.Table = field(default_factory=ENTRIES_SCHEMA.empty_table)
     balance: pa.Table = field(default_factory=BALANCE_SCHEMA.empty_table)
 

@@ -1,44 +1,20 @@
-"""How much of each budget is used: the same figures for command, report and checks."""
+"""How much of each budget is used."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from datetime import date, datetime, timedelta, timezone
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from typing import Final
 
 from krea_dagster.engine.budget import Budget, Caps
 from krea_dagster.spend.tables.query import SpendLine, sums
-from krea_dagster.spend.tables.sql import DuckDB, units_of
+from krea_dagster.spend.tables.sql import DuckDB
 from krea_dagster.spend.tables.views import PARTITION
-from krea_dagster.spend.warnings.forecast import forecast_usual
-from krea_dagster.spend.warnings.history import HIGHEST_PRICE_UNITS, BudgetUse
+from krea_dagster.spend.warnings.history import BudgetUse
 
 #: Days since its last purchase for which the budget of a run, partition or value is shown.
 LATELY_DAYS: Final = 7
-
-
-@dataclass(frozen=True)
-class BudgetLine:
-    """A budget in the table of all budgets. A hard one defers rows, a soft one only warns.
-
-    ``forecast_units`` is what its month will probably have used at its end; None where that is not
-    known, or where the budget has no end.
-    """
-
-    use: BudgetUse
-    is_hard: bool
-    forecast_units: int | None = None
-
-    @property
-    def kind(self) -> str:
-        """``hard`` or ``soft``."""
-        return "hard" if self.is_hard else "soft"
-
-    @property
-    def left_units(self) -> int:
-        """What is left; negative where more is used than the budget."""
-        return self.use.cap_units - self.use.used_units
 
 
 def hard_budgets(caps: Caps) -> list[Budget]:
@@ -50,38 +26,20 @@ def hard_budgets(caps: Caps) -> list[Budget]:
     ]
 
 
-def budget_lines(
+def budget_uses(
     duck: DuckDB, hard: Sequence[Budget], soft: Sequence[Budget], now: datetime
-) -> list[BudgetLine]:
-    """Return the table of all budgets, hard ones first. Raises ConfigError as ``budget_uses``."""
-    found = [
-        BudgetLine(use, is_hard)
-        for budgets, is_hard in ((hard, True), (soft, False))
-        for use in budget_uses(duck, budgets, now)
-    ]
-    if not any(line.use.period == "month" for line in found):
-        return found
-    today = now.astimezone(timezone.utc).date()
-    spent = {
-        date.fromisoformat(str(line.of[0])): line.committed_units
-        for line in sums(duck, ["day"], until=today)
-    }
-    ((price,),) = duck.sql("SELECT max(price) FROM spend_by_price").fetchall()
-    forecast = forecast_usual(spent, today, units_of(price) or HIGHEST_PRICE_UNITS)
-    units = None if forecast is None else forecast.expected_units
-    return [
-        replace(line, forecast_units=units) if line.use.period == "month" else line
-        for line in found
-    ]
-
-
-def budget_uses(duck: DuckDB, budgets: Sequence[Budget], now: datetime) -> list[BudgetUse]:
-    """Return how much of each budget is used (charged, or may be charged), in their order.
+) -> list[BudgetUse]:
+    """Return how much of each budget is used (charged, or may be charged), hard ones first.
 
     Days and months are UTC, as for the caps. A budget of each run, partition or value of a column
     has a line for each that was bought for lately. Raises ConfigError for an unknown column.
     """
-    return [use for budget in budgets for use in _uses(duck, budget, now)]
+    return [
+        replace(use, is_hard=is_hard)
+        for budgets, is_hard in ((hard, True), (soft, False))
+        for budget in budgets
+        for use in _uses(duck, budget, now)
+    ]
 
 
 def _uses(duck: DuckDB, budget: Budget, now: datetime) -> list[BudgetUse]:

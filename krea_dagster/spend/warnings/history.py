@@ -77,13 +77,26 @@ class BudgetUse:
     """A budget and how much of it is used (charged, or at stake).
 
     ``name`` is ``day`` (today), ``month`` (this month), or a scope and a value, such as
-    ``partition bucket-003``.
+    ``partition bucket-003``. A hard budget defers rows, a soft one only warns. ``forecast_units``
+    is what a month will probably have used at its end; None where that is not known.
     """
 
     name: str
     period: Period
     cap_units: int
     used_units: int
+    is_hard: bool = False
+    forecast_units: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """``hard`` or ``soft``."""
+        return "hard" if self.is_hard else "soft"
+
+    @property
+    def left_units(self) -> int:
+        """What is left; negative where more is used than the budget."""
+        return self.cap_units - self.used_units
 
 
 @dataclass(frozen=True)

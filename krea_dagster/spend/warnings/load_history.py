@@ -18,6 +18,7 @@ from krea_dagster.spend.tables.measures import WITHOUT_IMAGE
 from krea_dagster.spend.tables.sql import units_of
 from krea_dagster.spend.tables.views import SpendTables
 from krea_dagster.spend.warnings.budgets import budget_uses
+from krea_dagster.spend.warnings.forecast import forecast_usual
 from krea_dagster.spend.warnings.history import (
     AccountUse,
     Balance,
@@ -37,14 +38,16 @@ def observe(
     tables: SpendTables,
     *,
     now: datetime,
-    budgets: Sequence[Budget] = (),
+    hard: Sequence[Budget] = (),
+    soft: Sequence[Budget] = (),
     account: AccountProof | None = None,
     acknowledgements: Mapping[str, Acknowledgement] = MappingProxyType({}),
     accounts: Sequence[AccountHistory] = (),
 ) -> SpendHistory:
     """Read the history from the three spend tables. Raises ConfigError for an unknown column.
 
-    ``budgets`` only warn. Only aggregates leave DuckDB: a million purchases need a few megabytes.
+    ``hard`` and ``soft`` are the budgets that defer rows, and those that only warn. Only
+    aggregates leave DuckDB: a million purchases need a few megabytes.
     """
     without_image = " + ".join(WITHOUT_IMAGE)
     with closing(tables.open()) as database:
@@ -73,12 +76,19 @@ def observe(
                 "GROUP BY ALL ORDER BY ALL"
             ).fetchall()
         ]
-        uses = budget_uses(database, budgets, now)
+        uses = budget_uses(database, hard, soft, now)
     use = account_use(account)
     history = SpendHistory(days, partitions, prices, failed, uses, use, acknowledgements)
     today = now.astimezone(timezone.utc).date()
-    balances = [_balance(one, today, history.grain_units) for one in accounts]
-    return replace(history, balances=balances)
+    forecast = forecast_usual(history.spent(today), today, history.grain_units)
+    expected = None if forecast is None else forecast.expected_units
+    return replace(
+        history,
+        balances=[_balance(one, today, history.grain_units) for one in accounts],
+        budgets=[
+            replace(use, forecast_units=expected) if use.period == "month" else use for use in uses
+        ],
+    )
 
 
 def _balance(account: AccountHistory, today: date, grain_units: int) -> Balance:

@@ -19,7 +19,8 @@ from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.errors import ConfigError
 from krea_dagster.plugin.checks.spend_warnings import build_spend_warnings_checks
 from krea_dagster.spend.proof.verify import account_proof
-from krea_dagster.spend.tables.query import prompt_texts, stored_tables
+from krea_dagster.spend.tables.query import prompt_texts
+from krea_dagster.spend.tables.state import SpendState
 from krea_dagster.spend.tables.update import update_spend
 from krea_dagster.spend.warnings.spend_warning import WarningKind
 from tests.spend.project_harness import ProjectHarness
@@ -101,7 +102,9 @@ def test_a_warning_is_shown_for_a_week(tmp_path: Path) -> None:
     assert kinds(RUNAWAY) == [WarningKind.DAY_OUT_OF_HABIT]
     assert kinds(RUNAWAY + timedelta(days=7)) == [WarningKind.DAY_OUT_OF_HABIT]
     assert kinds(RUNAWAY + timedelta(days=8)) == []
-    assert stored_tables(simulated.storage).months == RUNAWAY.month - FIRST.month + 1
+    known = SpendState.read(simulated.storage)
+    assert known is not None
+    assert len(known.months) == RUNAWAY.month - FIRST.month + 1
 
 
 @pytest.mark.parametrize("threshold", [4.0, 100.0])

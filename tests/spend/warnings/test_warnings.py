@@ -19,7 +19,6 @@ from krea_dagster.spend.report.report import write_report
 from krea_dagster.spend.tables.query import stored_tables
 from krea_dagster.spend.tables.update import update_spend
 from krea_dagster.spend.text import rough
-from krea_dagster.spend.warnings.budgets import budget_lines
 from krea_dagster.spend.warnings.history import (
     BudgetUse,
     DaySpend,
@@ -183,10 +182,9 @@ def test_warning_table_of_budgets_and_report_have_one_forecast(seed: int) -> Non
     tables, budgets = simulated_year(seed, purchases=600), [Budget.parse("month=0.01")]
     for month in range(4, 12):
         now = datetime(2025, month, 20, 12, tzinfo=timezone.utc)
-        said = the(observe(tables, now=now, budgets=budgets), WarningKind.FORECAST, now)
-        with closing(tables.open()) as duck:
-            (line,) = budget_lines(duck, budgets, [], now)
-        assert line.forecast_units == said.units + 100
+        history = observe(tables, now=now, hard=budgets)
+        said = the(history, WarningKind.FORECAST, now)
+        assert history.budgets[0].forecast_units == said.units + 100
         page = BytesIO()
         write_report(tables, page, now=now, caps=budgets)
         expected = f"About {rough(said.units + 100)} are expected by the end of the month"
@@ -363,7 +361,7 @@ def test_budgets_are_held_against_the_tables_exactly() -> None:
     tables = simulated_year(purchases=4_000)
     texts = ("day=1", "month=1", "partition=1", "column:campaign=1", "partition:bucket-002=2")
     budgets = [Budget.parse(text) for text in texts]
-    history = observe(tables, now=END, budgets=budgets)
+    history = observe(tables, now=END, soft=budgets)
     rows = tables.ledger.select(
         ["day", "partition_key", "campaign", "credits_charged", "credits_unknown"]
     ).to_pylist()
@@ -391,7 +389,7 @@ def test_budgets_are_held_against_the_tables_exactly() -> None:
 def test_a_run_s_budget_is_looked_at_for_a_week_after_its_last_purchase() -> None:
     tables = simulated_year(purchases=4_000)
     budget = Budget.parse("run=1")
-    history = observe(tables, now=END, budgets=[budget])
+    history = observe(tables, now=END, soft=[budget])
     runs = sorted(one.name for one in history.budgets)
     assert runs == [f"run run-{number}" for number in range(357, 365)]
 
@@ -400,4 +398,4 @@ def test_a_budget_for_a_column_that_is_not_there_names_those_that_are() -> None:
     tables = simulated_year(purchases=500)
     budget = Budget.parse("column:client:acme=1")
     with pytest.raises(ConfigError, match="cannot sum by 'client': no such column"):
-        observe(tables, now=END, budgets=[budget])
+        observe(tables, now=END, soft=[budget])
