@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -101,6 +102,7 @@ class ParquetReading(Reading):
         self._place = place
         self._options = options
         self._is_alone = False
+        self._checking = threading.Lock()
 
     def mark(self) -> str:
         """Return a mark of the files' sizes and times."""
@@ -108,8 +110,10 @@ class ParquetReading(Reading):
 
     def files(self) -> list[TableFile]:
         """Return the files. That they are not a part of another table is checked once."""
-        found = open_files(self._place, self._options, is_alone=self._is_alone)
-        self._is_alone = True
+        # A run's two first readings are at the same time.
+        with nullcontext() if self._is_alone else self._checking:
+            found = open_files(self._place, self._options, is_alone=self._is_alone)
+            self._is_alone = True
         return found
 
 

@@ -7,14 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
+from fsspec.implementations.memory import MemoryFileSystem
 from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.manifest import DataFileContent
 from pyiceberg.table import Table
@@ -263,3 +267,32 @@ def test_an_iceberg_table_behind_a_url_is_read_as_its_url_is_opened(
     assert prompts_of(opened(table.metadata_location)) == expected
     assert ", an Iceberg table: name the table" in refused(f"{url}/data")
     assert "is an Iceberg table" in refused(url.rpartition("/")[0])
+
+
+class Counting(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """Counts who asks whether a folder is a Delta table; the first waits a moment for a second."""
+
+    protocol = "counting"
+    store: ClassVar[dict[str, Any]] = {}
+    asked: ClassVar[list[str]] = []
+    second_asked: ClassVar[threading.Event] = threading.Event()
+
+    def info(self, path: str, **options: Any) -> Any:
+        if path.endswith("_delta_log"):
+            self.asked.append(path)
+            if len(self.asked) > 1:
+                self.second_asked.set()
+            self.second_asked.wait(0.2)
+        return super().info(path, **options)
+
+
+def test_two_readings_of_a_file_at_the_same_time_ask_once_what_is_around_it() -> None:
+    """A run plans, and compares the table with the journal, at the same time."""
+    fsspec.register_implementation("counting", Counting, clobber=True)
+    with fsspec.open("counting://bucket/prompts.parquet", "wb") as file:
+        pq.write_table(pa.table({"prompt": ["a boat"]}), file)
+    table = PromptTable("counting://bucket/prompts.parquet", parse_partition_by("hash:2")).pinned()
+    with ThreadPoolExecutor(2) as threads:
+        rows = [threads.submit(table.row_count) for _ in range(2)]
+        assert [one.result() for one in rows] == [1, 1]
+    assert len(Counting.asked) == 1
