@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import krea_dagster.cli.terminal  # noqa: F401 - or its consoles keep the COLUMNS of one test
 from krea_dagster import cli
 from tests.dagster_bench import write_table
 
