@@ -70,15 +70,15 @@ def forecast_days(
     units, real = (
         np.array([spend.get(day, 0) for day in days], float) for spend in (usual, before)
     )
-    weekday = first.weekday()
-    of_today = _expected(units, weekday, 1, skipped=0)[-1]
+    usual_days = _UsualDays.of(units, first.weekday(), max(ahead, default=0))
+    of_today = usual_days.expected(1, skipped=0)[-1]
     rest_of_today = max(0.0, of_today - spent.get(today, 0))
     so_far = sum(units for day, units in spent.items() if today.replace(day=1) <= day <= today)
     found = []
     for left in ahead:
         certain = left - _pause_days(today, left)
-        expected, surely = (_expected(units, weekday, days)[-1] for days in (left, certain))
-        low, middle, high = _limits(units, real, weekday, max(left, 1), grain_units)
+        expected, surely = (usual_days.expected(days)[-1] for days in (left, certain))
+        low, middle, high = _limits(usual_days, real, max(left, 1), grain_units)
         found.append(
             Forecast(
                 expected_units=so_far + round(expected * middle + rest_of_today),
@@ -95,8 +95,11 @@ def _pause_days(today: date, left: int) -> int:
 
     Many accounts pause then, and the first time no earlier day says so.
     """
-    days = (today + timedelta(days=number) for number in range(1, left + 1))
-    return sum(day.month == 12 and day.day > 23 for day in days)
+    end = today + timedelta(days=left)
+    return sum(
+        max(0, (min(end, date(year, 12, 31)) - max(today, date(year, 12, 23))).days)
+        for year in range(today.year, end.year + 1)
+    )
 
 
 def days_left(today: date) -> int:
@@ -105,37 +108,55 @@ def days_left(today: date) -> int:
     return (after - today).days - 1
 
 
-def _expected(units: _Array, weekday: int, days: int, skipped: int = 1) -> _Array:
-    """Return for each day what was to be expected then of the ``days`` after it.
+@dataclass(frozen=True)
+class _UsualDays:
+    """What is usual, seen from each day: ``means`` by weekday, and the last week's ``level``.
 
-    ``weekday`` is that of the first day. The first ``skipped`` days after each are left out.
+    ``counts`` is how many of each weekday there are until each day, and until later ones.
     """
-    count = len(units)
-    of_day = (np.arange(count + skipped + days) + weekday) % 7 == np.arange(7)[:, None]
-    sums = np.cumsum(of_day[:, :count] * units, axis=1)
-    counts = np.cumsum(of_day, axis=1)
-    ahead = counts[:, skipped + days :] - counts[:, skipped : skipped + count]
-    seen = counts[:, :count].astype(float)
-    sums[:, WINDOW_DAYS:] -= sums[:, :-WINDOW_DAYS].copy()
-    seen[:, WINDOW_DAYS:] -= seen[:, :-WINDOW_DAYS].copy()
-    means = np.divide(sums, seen, out=np.zeros_like(sums), where=seen > 0)
-    week = np.convolve(units, np.ones(7))[:count]
-    usual = means.sum(axis=0)
-    level = np.divide(week, usual, out=np.ones(count), where=usual > 0).clip(0.2, 5) ** _STAYS
-    return np.asarray((means * ahead).sum(axis=0) * level)
+
+    units: _Array
+    means: _Array
+    level: _Array
+    counts: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, units: _Array, weekday: int, most_days: int) -> _UsualDays:
+        """Return them for days from a ``weekday`` on, and for at most ``most_days`` after each."""
+        count = len(units)
+        of_day = (np.arange(count + 1 + max(most_days, 1)) + weekday) % 7 == np.arange(7)[:, None]
+        sums = np.cumsum(of_day[:, :count] * units, axis=1)
+        counts = np.cumsum(of_day, axis=1)
+        seen = counts[:, :count].astype(float)
+        sums[:, WINDOW_DAYS:] -= sums[:, :-WINDOW_DAYS].copy()
+        seen[:, WINDOW_DAYS:] -= seen[:, :-WINDOW_DAYS].copy()
+        means = np.divide(sums, seen, out=np.zeros_like(sums), where=seen > 0)
+        week = np.convolve(units, np.ones(7))[:count]
+        usual = means.sum(axis=0)
+        level = np.divide(week, usual, out=np.ones(count), where=usual > 0).clip(0.2, 5) ** _STAYS
+        return cls(units, means, level, counts)
+
+    def expected(self, days: int, skipped: int = 1) -> _Array:
+        """Return for each day what was to be expected then of the ``days`` after it.
+
+        The first ``skipped`` days after each are left out.
+        """
+        count, end = len(self.units), skipped + days
+        ahead = self.counts[:, end : end + count] - self.counts[:, skipped : skipped + count]
+        return np.asarray((self.means * ahead).sum(axis=0) * self.level)
 
 
 def _limits(
-    units: _Array, real: _Array, weekday: int, days: int, grain_units: int
+    usual_days: _UsualDays, real: _Array, days: int, grain_units: int
 ) -> tuple[float, float, float]:
     """Return by what to multiply the expected spend of ``days``: low, middle and high.
 
     ``real`` has the unusual days as they were: they may happen again.
     """
-    expected = _expected(units, weekday, days)
+    expected = usual_days.expected(days)
     total = np.cumsum(np.append(0.0, real))
     actual = total[days + 2 :] - total[2:-days]  # of those that began at least days + 1 ago
-    last = units[-WINDOW_DAYS:]
+    last = usual_days.units[-WINDOW_DAYS:]
     # Where many days have no purchases, chance decides on days, not on single purchases.
     grain = max(grain_units, np.mean(last == 0) * np.sum(last**2) / max(np.sum(last), 1))
     errors = np.log((actual + grain) / (expected[: len(actual)] + grain))
