@@ -84,7 +84,7 @@ cluster-setup: setup
 		npm install --silent --no-audit --no-fund --prefix .venv/azurite azurite@3.37.0
 
 cluster-test: cluster-setup  ## Share work between hosts, on real stores, PostgreSQL and Celery (root)
-	@$(BIN)/pytest $(or $(ONLY),tests/cluster) -m cluster -n 2 --dist loadfile
+	@$(BIN)/pytest $(or $(ONLY),tests/cluster) -m cluster -n 3 --dist loadfile
 
 matrix-test: setup  ## Test the wheel on each Python that is here, with the newest and the oldest packages
 	@$(BIN)/python tests/matrix/run.py $(VERSIONS)

@@ -165,17 +165,16 @@ def test_a_value_that_cannot_be_made_names_itself() -> None:
         opened(lazy).plan()
 
 
-def test_the_copy_of_a_value_goes_with_its_table() -> None:
-    def copies() -> set[Path]:
-        return set(Path(tempfile.gettempdir()).glob("krea-prompts-*"))
-
-    before = copies()
+def test_the_copy_of_a_value_goes_with_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     table = opened(ARROW)
     files = table.pinned().source.files()
-    assert len(copies() - before) == 1
+    assert len(list(tmp_path.glob("krea-prompts-*"))) == 1
     del table
     gc.collect()
     assert files[0].row_count == sum(batch.num_rows for _, batch in files[0].batches(["prompt"]))
     del files
     gc.collect()
-    assert copies() - before == set()
+    assert list(tmp_path.iterdir()) == []

@@ -40,11 +40,7 @@ def test_nothing_that_tests_is_left_out(name: str) -> None:
     """By CI, and by `make test-all`."""
     tests = {target for target in TARGETS if target.endswith("-test")}
     if name == "ci":
-        # The workflow alone has the matrix: each of its cells is a machine of its own there.
-        files = (ROOT / ".ci" / "run", ROOT / ".github" / "workflows" / "test.yml")
-        called = {
-            target for file in files for target in re.findall(r"make ([a-z-]+)", file.read_text())
-        }
+        called = set(re.findall(r"make ([a-z-]+)", (ROOT / ".ci" / "run").read_text()))
     else:
         (line,) = re.findall(r"^test-all: (.*?)  ##", (ROOT / "Makefile").read_text(), re.MULTILINE)
         called = set(line.split())
