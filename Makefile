@@ -40,7 +40,7 @@ lint: setup  ## Check style, types and the direction of imports
 	@! grep -rn 'from __future__ import annotations' krea_dagster/plugin definitions.py \
 		|| { echo 'Dagster cannot read annotations that are text'; exit 1; }
 
-bench: setup  ## Measure against code that users write today (25 minutes; BENCH=quick: a few)
+bench: setup  ## Measure against code that users write today (an hour; BENCH=quick: a few minutes)
 	@$(BIN)/python -m benchmarks $(if $(filter quick,$(BENCH)),--quick)
 
 dev: setup  ## Open Dagster's UI on what was made, at http://127.0.0.1:3000

@@ -9,6 +9,7 @@ Each runs in a separate process. With names, only their parts of the page are re
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -72,6 +73,7 @@ def main() -> None:
 
 def _run(name: str, *, quick: bool) -> dict[str, Any] | None:
     """Run one; return None, with its error on stderr, if it failed."""
+    os.sync()  # or it waits for what the one before has left to write
     command = [sys.executable, "-m", f"benchmarks.{name}", "--json"]
     ended = subprocess.run(
         command + ["--quick"] * quick, cwd=ROOT, stdout=subprocess.PIPE, check=False

@@ -175,8 +175,8 @@ Written by `make bench`; do not edit by hand. Every figure comes from one run on
 server (`benchmarks/server.py`) runs on the same machine, on a separate core, and shares no code
 with the package. Figures differ between machines; ratios within one table are more stable.
 
-- `make bench` runs all benchmarks in less than 25 minutes. `make bench BENCH=quick` takes a few
-  minutes, and writes nothing.
+- `make bench` runs all benchmarks in an hour. `make bench BENCH=quick` takes a few minutes, and
+  writes nothing.
 - `.venv/bin/python -m benchmarks NAME` runs one and replaces its part of this page. `--help`
   lists its options.
 
