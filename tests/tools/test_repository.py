@@ -28,11 +28,13 @@ def test_each_file_is_yaml_and_calls_targets_of_the_makefile() -> None:
     assert {"lint", "test", "matrix-test", "services-test"} <= called <= TARGETS
 
 
-def test_the_matrix_has_the_versions_of_the_classifiers() -> None:
+def test_the_matrix_and_the_readme_have_the_versions_of_the_classifiers() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     declared = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
     workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))
     assert workflow["jobs"]["matrix"]["strategy"]["matrix"]["python"] == declared
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"python3 ({declared[0]} to {declared[-1]})" in readme
 
 
 @pytest.mark.parametrize("name", ["ci", "makefile"])

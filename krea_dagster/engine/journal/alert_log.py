@@ -15,7 +15,7 @@ from sqlalchemy import Connection, delete, or_, select, update
 from krea_dagster.engine.journal.database import DatabaseLog
 from krea_dagster.engine.journal.rows import chunks
 from krea_dagster.engine.journal.schema import spend_alerts
-from krea_dagster.engine.journal.statements import insertion
+from krea_dagster.engine.journal.sql import insertion
 
 
 class AlertLog(DatabaseLog):

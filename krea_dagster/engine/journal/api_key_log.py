@@ -10,7 +10,7 @@ from sqlalchemy import Connection, select, update
 
 from krea_dagster.engine.journal.database import DatabaseLog
 from krea_dagster.engine.journal.schema import api_keys, submissions
-from krea_dagster.engine.journal.statements import insertion
+from krea_dagster.engine.journal.sql import insertion
 from krea_dagster.errors import ConfigError
 
 

@@ -21,7 +21,7 @@ from krea_dagster.engine.journal.changes import (
     event_row,
 )
 from krea_dagster.engine.journal.commitments import CommitmentLedger
-from krea_dagster.engine.journal.statements import (
+from krea_dagster.engine.journal.sql import (
     ADDED_POSTS,
     NEW_EVENT,
     NEW_SUBMISSION,

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, and_, func, insert, select, update
 
 from krea_dagster.engine.journal.database import Database, DatabaseLog
 from krea_dagster.engine.journal.schema import attempts, raised_attempts
-from krea_dagster.engine.journal.statements import insertion
+from krea_dagster.engine.journal.sql import insertion
 
 
 class AttemptLog(DatabaseLog):

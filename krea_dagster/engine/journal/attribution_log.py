@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from krea_dagster.engine.journal.database import DatabaseLog
 from krea_dagster.engine.journal.schema import attributions, buyers
-from krea_dagster.engine.journal.statements import insertion
+from krea_dagster.engine.journal.sql import insertion
 
 
 @dataclass(frozen=True)

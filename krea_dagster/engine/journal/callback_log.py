@@ -17,7 +17,7 @@ from krea_dagster.engine.clock import SystemClock
 from krea_dagster.engine.journal.database import Database, DatabaseLog
 from krea_dagster.engine.journal.rows import rows_with
 from krea_dagster.engine.journal.schema import callbacks, requests
-from krea_dagster.engine.journal.statements import insertion
+from krea_dagster.engine.journal.sql import insertion
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from krea_dagster.engine.journal.database import Database, DatabaseLog
 from krea_dagster.engine.journal.owners import Owner
 from krea_dagster.engine.journal.rows import chunks, rows_with
 from krea_dagster.engine.journal.schema import owners, requests
-from krea_dagster.engine.journal.statements import insertion, lock_requests
+from krea_dagster.engine.journal.sql import insertion, lock_requests
 
 
 class ClaimLog(DatabaseLog):

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, insert, select
 
 from krea_dagster.engine.journal.database import DatabaseLog
 from krea_dagster.engine.journal.schema import closed_months
-from krea_dagster.engine.journal.statements import lock_transaction
+from krea_dagster.engine.journal.sql import lock_transaction
 
 #: The advisory lock of PostgreSQL for writers of closed months: a number that no other lock has.
 _CLOSING: Final = 4_705_170_321

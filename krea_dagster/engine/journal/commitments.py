@@ -18,7 +18,7 @@ from krea_dagster.engine.budget import (
     scopes_of,
 )
 from krea_dagster.engine.journal.changes import AppliedChange, Change
-from krea_dagster.engine.journal.statements import (
+from krea_dagster.engine.journal.sql import (
     active_stop,
     add_to_commitments,
     commitment_of,

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, func, insert, or_, select
 from krea_dagster.engine.journal.database import DatabaseLog
 from krea_dagster.engine.journal.rows import chunks
 from krea_dagster.engine.journal.schema import account_entries, submissions
-from krea_dagster.engine.journal.statements import lock_transaction
+from krea_dagster.engine.journal.sql import lock_transaction
 from krea_dagster.errors import InputError
 from krea_dagster.models import credits_text
 

@@ -57,7 +57,7 @@ from krea_dagster.engine.journal.schema import (
     submissions,
 )
 from krea_dagster.engine.journal.snapshot import Snapshot
-from krea_dagster.engine.journal.statements import (
+from krea_dagster.engine.journal.sql import (
     defer_requests,
     insert_planned,
     insertion,

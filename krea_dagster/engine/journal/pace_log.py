@@ -9,7 +9,7 @@ from sqlalchemy import Connection, literal_column, select, update
 
 from krea_dagster.engine.journal.database import DatabaseLog
 from krea_dagster.engine.journal.schema import POSTGRES_NOW_US, api_keys, pace_leases, paces
-from krea_dagster.engine.journal.statements import insertion
+from krea_dagster.engine.journal.sql import insertion
 from krea_dagster.engine.pace_sharing import (
     LEASE_S,
     Lease,

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, insert, select, update
 from krea_dagster import redact
 from krea_dagster.engine.journal.database import DatabaseLog
 from krea_dagster.engine.journal.schema import attempts, prompt_tables, raised_attempts
-from krea_dagster.engine.journal.statements import lock_transaction
+from krea_dagster.engine.journal.sql import lock_transaction
 from krea_dagster.engine.storage.storage import Storage
 
 #: The prefix of a table's name that a ``generate`` call makes for its prompts.

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, delete, exists, func, select, update
 
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.schema import callbacks, events, requests
-from krea_dagster.engine.journal.statements import lock_requests
+from krea_dagster.engine.journal.sql import lock_requests
 from krea_dagster.engine.states import Event, State
 
 #: The events that are kept. Spend reads why a purchase failed, and the proof that an image was

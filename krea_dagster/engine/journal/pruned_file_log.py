@@ -16,7 +16,7 @@ from sqlalchemy import Connection, delete, func, insert, or_, select, update
 from krea_dagster.engine.journal.database import DatabaseLog
 from krea_dagster.engine.journal.rows import chunks
 from krea_dagster.engine.journal.schema import files, pruned_files, requests
-from krea_dagster.engine.journal.statements import lock_requests
+from krea_dagster.engine.journal.sql import lock_requests
 from krea_dagster.engine.states import State
 
 

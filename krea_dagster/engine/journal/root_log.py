@@ -23,7 +23,7 @@ from sqlalchemy import Connection, func, insert, select, update
 from krea_dagster.engine.journal.database import DatabaseLog
 from krea_dagster.engine.journal.rows import rows_with
 from krea_dagster.engine.journal.schema import about, files, requests, root_tokens, roots
-from krea_dagster.engine.journal.statements import lock_transaction
+from krea_dagster.engine.journal.sql import lock_transaction
 from krea_dagster.engine.storage.storage import Storage
 from krea_dagster.errors import ConfigError, StorageError
 

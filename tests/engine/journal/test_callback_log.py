@@ -16,7 +16,7 @@ from krea_dagster.engine.journal.callback_log import CallbackLog
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.schema import metadata
-from krea_dagster.engine.journal.statements import locked_records
+from krea_dagster.engine.journal.sql import locked_records
 from krea_dagster.errors import JournalError
 from krea_dagster.models import ImageRequest
 

@@ -25,7 +25,7 @@ from krea_dagster.engine.journal.changes import Change
 from krea_dagster.engine.journal.database import Database
 from krea_dagster.engine.journal.journal import Journal
 from krea_dagster.engine.journal.owners import new_owner
-from krea_dagster.engine.journal.statements import upsert_prices
+from krea_dagster.engine.journal.sql import upsert_prices
 from krea_dagster.engine.record import Record
 from krea_dagster.engine.states import TRANSITIONS, Event, State
 from krea_dagster.errors import ConfigError, IllegalTransition, JournalError, TakenOver

@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 
 from krea_dagster.engine.journal import schema
-from krea_dagster.engine.journal.statements import is_sqlite, lock_transaction
+from krea_dagster.engine.journal.sql import is_sqlite, lock_transaction
 from krea_dagster.engine.states import TRANSITIONS
 from krea_dagster.errors import JournalError
 
