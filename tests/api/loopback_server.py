@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio
+
 from krea_dagster.models import ImageRequest
 
 KEY = "sk-test-0123456789abcdefghij"
@@ -133,6 +135,23 @@ def hangs(*parts: bytes, reached: asyncio.Event | None = None) -> Behaviour:
             writer.write(part)
         if reached is not None:
             reached.set()
+        await asyncio.Event().wait()
+        return False
+
+    return behave
+
+
+def drips(*, until: asyncio.Event, reached: asyncio.Event | None = None) -> Behaviour:
+    """Write a header byte by byte, so that no reading times out; after ``until`` nothing more."""
+
+    async def behave(_: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
+        writer.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+        if reached is not None:
+            reached.set()
+        while not until.is_set():
+            writer.write(b".")
+            with anyio.move_on_after(0.02):
+                await until.wait()
         await asyncio.Event().wait()
         return False
 

@@ -25,6 +25,7 @@ from tests.api.loopback_server import (
     ReceivedRequest,
     answers,
     closed_port,
+    drips,
     hangs,
     serving,
     writes,
@@ -204,9 +205,9 @@ async def test_an_unknown_name_or_an_unreachable_host(
 
 
 async def test_no_connection_becomes_free() -> None:
-    reached = asyncio.Event()
+    reached, until = asyncio.Event(), asyncio.Event()
     async with (
-        serving(hangs(reached=reached)) as server,
+        serving(drips(reached=reached, until=until)) as server,
         KreaClient(KEY, base_url=server.url, max_connections=1, timeout_s=0.2) as client,
     ):
         holder = asyncio.ensure_future(client._get_answer("GET", "/v1/credits"))
@@ -214,6 +215,7 @@ async def test_no_connection_becomes_free() -> None:
         with pytest.raises(NotSent, match=r"no connection was free for 0\.2 s") as caught:
             await client.submit(REQUEST, idempotency_key=IDEMPOTENCY_KEY)
         assert caught.value.cause == "pool"
+        until.set()
         with pytest.raises(NoUsableAnswer) as asked:
             await holder
         assert asked.value.cause is None

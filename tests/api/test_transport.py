@@ -31,6 +31,7 @@ from tests.api.loopback_server import (
     ReceivedRequest,
     answers,
     closed_port,
+    drips,
     hangs,
     listening,
     serving,
@@ -115,13 +116,15 @@ async def test_a_tls_handshake_that_hangs(make_client: MakeClient) -> None:
 
 async def test_no_free_connection_in_time(make_client: MakeClient) -> None:
     found: list[type[SubmitError]] = []
+    until = asyncio.Event()
     async with (
-        serving(hangs()) as server,
+        serving(drips(until=until)) as server,
         make_client(server.url, max_connections=1, timeout_s=0.3) as client,
     ):
 
         async def buy() -> None:
             found.append(await failed(client))
+            until.set()
 
         async with anyio.create_task_group() as group:
             group.start_soon(buy)
