@@ -3,8 +3,8 @@
 Each cell is an environment of its own, in a folder without the package's sources: tests, and the
 demo in an empty folder. Interpreters are those that uv or pyenv has here; others are named absent.
 ``python tests/matrix/run.py [VERSION ...] [--oldest VERSION ...]`` runs these only; by default the
-newest packages on all and the oldest on the first. ``--ends`` runs the oldest packages on the first
-Python that is here, and the newest on the last.
+newest packages on all and the oldest on the first. ``--first`` runs only the oldest packages on the
+first Python that is here.
 """
 
 from __future__ import annotations
@@ -126,14 +126,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("versions", nargs="*", default=declared, metavar="VERSION")
     parser.add_argument("--oldest", nargs="*", default=declared[:1], metavar="VERSION")
-    parser.add_argument("--ends", action="store_true")
+    parser.add_argument("--first", action="store_true")
     asked = parser.parse_args()
     found = {version: interpreter(version) for version in (*asked.versions, *asked.oldest)}
     wanted = [(version, NEWEST) for version in asked.versions]
     wanted += [(version, OLDEST) for version in asked.oldest]
-    if asked.ends:
-        here = [version for version in asked.versions if found[version]]
-        wanted = [(here[0], OLDEST), (here[-1], NEWEST)]
+    if asked.first:
+        wanted = [(next(version for version in asked.versions if found[version]), OLDEST)]
     cells = [Cell(version, python, how) for version, how in wanted if (python := found[version])]
     with tempfile.TemporaryDirectory(prefix="krea-matrix-") as folder:
         home = Path(folder)
