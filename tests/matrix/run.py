@@ -132,7 +132,7 @@ def main() -> int:
     wanted = [(version, NEWEST) for version in asked.versions]
     wanted += [(version, OLDEST) for version in asked.oldest]
     if asked.first:
-        wanted = [(next(version for version in asked.versions if found[version]), OLDEST)]
+        wanted = [(version, OLDEST) for version in asked.versions if found[version]][:1]
     cells = [Cell(version, python, how) for version, how in wanted if (python := found[version])]
     with tempfile.TemporaryDirectory(prefix="krea-matrix-") as folder:
         home = Path(folder)
