@@ -20,6 +20,7 @@ from tests.dagster_bench import end_group
 
 ROOT = Path(__file__).parents[2]
 _START_S = 120.0
+_REST_MS = 3_000
 
 
 def project_environment(folder: Path, **more: str) -> dict[str, str]:
@@ -72,8 +73,9 @@ def open_page(height: int = 960) -> Iterator[Page]:
 
 
 def keep(page: Page, name: str) -> None:
-    """Take a screenshot where KREA_DOCS_IMAGES names a folder."""
+    """Take a screenshot where KREA_DOCS_IMAGES names a folder, when the page has come to rest."""
     if folder := os.environ.get("KREA_DOCS_IMAGES"):
+        page.wait_for_timeout(_REST_MS)
         page.screenshot(path=str(Path(folder) / f"{name}.png"))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import pyarrow.compute as pc
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from krea_dagster.curation.gallery.filter import GalleryFilter, select_rows
 from krea_dagster.curation.gallery.page import write_gallery
@@ -22,6 +22,8 @@ from tests.curation.gallery.gallery_harness import HOSTILE, PROMPTS, GalleryProj
 from tests.spend.simulated_tables import simulated_year
 
 DESK, PHONE = 1440, 390
+#: Playwright waits 5 seconds for what is expected: too short for a first page on a busy machine.
+_EXPECT_TIMEOUT_MS = 60_000
 Scheme = Literal["light", "dark"]
 
 LONG_PROMPT = " ".join(f"{PROMPTS[number % 4].lower()}," for number in range(8))
@@ -43,6 +45,7 @@ def chromium(*further: str) -> Iterator[Browser]:
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     if path is None:
         raise RuntimeError("this needs Chromium: apt-get install chromium")
+    expect.set_options(timeout=_EXPECT_TIMEOUT_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=path, args=["--no-sandbox", "--disable-gpu", "--no-first-run", *further]

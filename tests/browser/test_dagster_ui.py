@@ -97,7 +97,6 @@ def test_a_partition_shows_its_figures_and_its_thumbnails(page: Page, ui: str) -
     sheet = page.locator("img[src^='data:image/jpeg']").first
     expect(sheet).to_be_visible()
     assert sheet.evaluate("image => image.naturalWidth") > 100
-    page.wait_for_timeout(500)
     keep(page, "partition-thumbnails")
     page.keyboard.press("Escape")
 
@@ -107,7 +106,6 @@ def test_credits_and_counts_are_plotted_over_the_runs(page: Page, ui: str) -> No
     page.get_by_text("Plots", exact=True).first.click()
     page.get_by_role("button", name="Events").click()  # over time, not by partition
     expect(page.get_by_text("credits_spent_by_run").first).to_be_visible()
-    page.wait_for_timeout(1500)
     keep(page, "plots")
 
 
@@ -115,21 +113,18 @@ def test_the_failed_check_names_the_rows_that_are_missing(page: Page, ui: str) -
     page.goto(f"{ui}/assets/images?view=checks")
     expect(page.get_by_text("all_rows_delivered").first).to_be_visible()
     expect(page.get_by_text("rows have no image").first).to_be_visible()
-    page.wait_for_timeout(500)
     keep(page, "failed-check")
 
 
 def test_the_launchpad_shows_the_resources_fields(page: Page, ui: str) -> None:
     page.goto(f"{ui}/locations/definitions.py/jobs/krea_images/playground")
     expect(page.get_by_text("max_in_flight").first).to_be_visible()
-    page.wait_for_timeout(500)
     keep(page, "launchpad")
 
 
 def test_no_page_and_no_answer_holds_a_secret(page: Page, ui: str, answers: list[str]) -> None:
     for path in ("locations/definitions.py/resources/krea", "runs", "overview/resources"):
-        page.goto(f"{ui}/{path}")
-        page.wait_for_timeout(1500)
+        page.goto(f"{ui}/{path}", wait_until="networkidle")
         assert KEY not in page.content()
     assert sum(map(len, answers)) > 100_000, "the answers were looked at"
     assert any("EVOLINK_API_KEY" in answer for answer in answers), "it is shown by its name"

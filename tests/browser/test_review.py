@@ -359,7 +359,7 @@ def test_verdicts_with_long_names_are_posted_in_parts(tmp_path: Path, browser: B
     server.stop()
 
 
-def test_people_see_each_other_s_verdicts_within_seconds(
+def test_people_see_each_other_s_verdicts_without_a_reload(
     small: tuple[ReviewProject, Server], browser: Browser
 ) -> None:
     project, server = small
@@ -370,12 +370,10 @@ def test_people_see_each_other_s_verdicts_within_seconds(
         ada.press("r")
         ada.page.keyboard.type("six fingers")
         ada.press("Enter")
-        expect(grace.page.locator("#place-0")).to_have_attribute(
-            "data-verdict", "reject", timeout=8000
-        )
+        expect(grace.page.locator("#place-0")).to_have_attribute("data-verdict", "reject")
         expect(grace.page.locator(".present")).to_have_text("✕ Rejected: six fingers · Ada")
         grace.press("k")  # another opinion: the last counts, and the first stays
-        expect(ada.page.locator("#place-0")).to_have_attribute("data-verdict", "keep", timeout=8000)
+        expect(ada.page.locator("#place-0")).to_have_attribute("data-verdict", "keep")
         expect(grace.page.locator("#progress-text")).to_have_text("1 of 399 reviewed")
         assert [(one.verdict, one.reviewer, one.reason) for one in history_of(project)] == [
             ("reject", "Ada", "six fingers"),
@@ -407,11 +405,9 @@ def test_undo_keeps_a_later_verdict_of_somebody_else(
         visiting(browser, f"{server.url}?reviewer=Grace") as grace,
     ):
         ada.press("f")
-        expect(grace.page.locator("#place-0")).to_have_attribute(
-            "data-verdict", "flag", timeout=8000
-        )
+        expect(grace.page.locator("#place-0")).to_have_attribute("data-verdict", "flag")
         grace.press("k")
-        expect(ada.page.locator("#place-0")).to_have_attribute("data-verdict", "keep", timeout=8000)
+        expect(ada.page.locator("#place-0")).to_have_attribute("data-verdict", "keep")
         ada.press("u")
         expect(ada.page.locator("[aria-live=polite]").first).to_contain_text(
             "Not undone: Grace has given a later verdict"
@@ -443,9 +439,7 @@ def test_the_verdicts_of_one_root_never_go_to_another(
         server.kill()
         visit.press("k")
         swapped = Server(other, port=server.port)
-        expect(visit.page.locator("#trouble")).to_contain_text(
-            "Another storage root", timeout=15000
-        )
+        expect(visit.page.locator("#trouble")).to_contain_text("Another storage root")
         expect(visit.page.locator("#saved")).to_have_text("1 not saved")
         swapped.stop()
         again = Server(project, port=server.port)
@@ -566,9 +560,7 @@ def test_all_images_of_a_filter_are_kept_by_two_keys_and_others_see_it(
         expect(ada.page.locator("#picked")).to_be_hidden()
         ada.press("a", "k")
         expect(ada.page.locator("#progress-text")).to_have_text("399 of 399 reviewed")
-        expect(grace.page.locator("#place-4")).to_have_attribute(
-            "data-verdict", "keep", timeout=8000
-        )
+        expect(grace.page.locator("#place-4")).to_have_attribute("data-verdict", "keep")
         assert len(history_of(project)) == 399
 
 

@@ -124,9 +124,8 @@ def test_the_lineage_leads_from_the_dataset_back_to_verdicts_and_prompts(
     page.set_viewport_size({"width": 1900, "height": 760})
     page.goto(f"{ui}/assets/dataset?view=lineage&lineageScope=upstream&lineageDepth=6")
     for name in ("prompts", "images", "image_manifest", "verdicts", "accepted_images", "dataset"):
-        expect(page.get_by_text(name, exact=True).first).to_be_visible(timeout=45_000)
-    expect(page.get_by_text("Loading")).to_have_count(0, timeout=45_000)
-    page.wait_for_timeout(1000)
+        expect(page.get_by_text(name, exact=True).first).to_be_visible()
+    expect(page.get_by_text("Loading")).to_have_count(0)
     keep(page, "review-lineage")
 
 
@@ -136,8 +135,8 @@ def test_a_partition_whose_verdicts_have_changed_is_said_to_be_out_of_date(
 ) -> None:
     # The first row of all was rejected, which lies in the first partition.
     page.goto(f"{ui}/assets/accepted_images?view=partitions&partition={PARTITIONS[0]}")
-    expect(page.get_by_text("Unsynced").first).to_be_visible(timeout=45_000)
+    expect(page.get_by_text("Unsynced").first).to_be_visible()
     keep(page, "review-out-of-date")
     page.goto(f"{ui}/assets/accepted_images?view=partitions&partition={PARTITIONS[1]}")
-    expect(page.get_by_text("credits_per_accepted_image").first).to_be_visible(timeout=45_000)
+    expect(page.get_by_text("credits_per_accepted_image").first).to_be_visible()
     expect(page.get_by_text("Unsynced")).to_have_count(0)

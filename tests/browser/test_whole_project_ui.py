@@ -72,7 +72,6 @@ def test_the_whole_graph_is_green(page: Page, ui: str) -> None:
     page.reload()
     for name in ("prompts", "images", "image_manifest", "accepted_images", "spend_daily"):
         expect(page.get_by_text(name, exact=True).first).to_be_visible()
-    page.wait_for_timeout(3000)
     keep(page, "asset-graph")
 
 
@@ -91,7 +90,6 @@ def test_an_asset_shows_its_thumbnails_first(page: Page, ui: str) -> None:
 def test_prompts_has_columns_and_the_prompts_of_a_partition(page: Page, ui: str) -> None:
     page.goto(f"{ui}/assets/prompts?view=overview")
     expect(page.get_by_text("num_images").first).to_be_visible()
-    page.wait_for_timeout(1500)
     keep(page, "prompts-page")
 
 
@@ -104,5 +102,4 @@ def test_the_log_of_a_run_says_what_it_bought_and_where_it_is(
     expect(page.get_by_text("stored already").first).to_be_visible()
     expect(page.get_by_text("to go: ").first).to_be_visible()
     expect(page.get_by_text("images ended").first).to_be_visible()
-    page.wait_for_timeout(1500)
     keep(page, "run-log")

@@ -13,7 +13,9 @@ from krea_dagster import Settings
 from krea_dagster.application.settings import variable_of
 
 FOLDER: Final = Path(__file__).parents[2] / "examples" / "cluster"
-FILES: Final = sorted(path for path in FOLDER.rglob("*") if path.is_file())
+FILES: Final = sorted(
+    path for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".pyc"
+)
 KNOWN: Final = {variable_of(field) for field in Settings.model_fields.values()}
 
 
