@@ -60,7 +60,7 @@ daemon-test: setup  ## Drive a whole Dagster: automation, backfills, cancelling 
 	@$(BIN)/pytest $(or $(ONLY),tests/daemon) -m daemon -n 4
 
 browser-test: setup  ## Look at Dagster's UI in a real browser (needs Chromium)
-	@$(BIN)/pytest tests/browser -m browser -n 2 --dist loadfile
+	@$(BIN)/pytest tests/browser -m browser -n 3 --dist loadfile
 
 docs: setup  ## Build the documentation's site into build/docs
 	@$(BIN)/python -m sphinx -b html -q -W --keep-going -j 2 docs build/docs
@@ -84,7 +84,7 @@ cluster-setup: setup
 		npm install --silent --no-audit --no-fund --prefix .venv/azurite azurite@3.37.0
 
 cluster-test: cluster-setup  ## Share work between hosts, on real stores, PostgreSQL and Celery (root)
-	@$(BIN)/pytest $(or $(ONLY),tests/cluster) -m cluster -n 3 --dist loadfile
+	@$(BIN)/pytest $(or $(ONLY),tests/cluster) -m cluster -n 3 --dist loadfile --no-loadscope-reorder
 
 matrix-test: setup  ## Test the wheel on each Python that is here, with the newest and the oldest packages
 	@$(BIN)/python tests/matrix/run.py $(VERSIONS)
