@@ -51,7 +51,7 @@ async def test_64_files_of_6_mb_arrive_over_half_a_megabyte_a_second() -> None:
 
     async def behave(_: ReceivedRequest, writer: asyncio.StreamWriter) -> bool:
         writer.write(message(200, image)[: -len(image)])
-        await line.carry(writer, image, piece_bytes=2000)
+        await line.carry(writer, image, piece_bytes=500)
         return True
 
     async with (

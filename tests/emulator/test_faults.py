@@ -30,20 +30,21 @@ def client(tmp_path: Path) -> Iterator[EmulatorClient]:
 # -- one request of each kind -----------------------------------------------------------------
 
 
-def ask(client: EmulatorClient, kind: str, timeout_s: float = 5.0) -> httpx.Response:
+def ask(client: EmulatorClient, kind: str, read_timeout_s: float = 60.0) -> httpx.Response:
     """Send one request of a kind, for a finished task if it needs one."""
+    timeout = httpx.Timeout(60, read=read_timeout_s)
     if kind == "create":
         return client.post(key=KEY)
     task_id = client.finished() if not client.stats()["creates"] else first_task(client)
     if kind == "read":
-        return client.http.get(f"/v1/tasks/{task_id}", timeout=timeout_s)
+        return client.http.get(f"/v1/tasks/{task_id}", timeout=timeout)
     if kind == "batch":
         body = {"task_ids": [task_id]}
-        return client.http.post("/v1/tasks/batch", json=body, timeout=timeout_s)
+        return client.http.post("/v1/tasks/batch", json=body, timeout=timeout)
     if kind == "file":
         link = f"{client.emulator.url}{client.world.link_path(_task(client, task_id))}"
-        return client.anonymous.get(link, timeout=timeout_s)
-    return client.http.get({"list": "/v1/tasks", "credits": "/v1/credits"}[kind], timeout=timeout_s)
+        return client.anonymous.get(link, timeout=timeout)
+    return client.http.get({"list": "/v1/tasks", "credits": "/v1/credits"}[kind], timeout=timeout)
 
 
 def first_task(client: EmulatorClient) -> str:
@@ -110,7 +111,7 @@ def empty(client: EmulatorClient, kind: str) -> None:
 
 def late(client: EmulatorClient, kind: str) -> None:
     with pytest.raises(httpx.ReadTimeout):
-        ask(client, kind, timeout_s=0.05)
+        ask(client, kind, read_timeout_s=0.05)
 
 
 TRANSPORT: dict[str, Callable[[EmulatorClient, str], None]] = {
@@ -180,7 +181,10 @@ def delayed_create(client: EmulatorClient) -> None:
     body = {"model": "krea-2-turbo", "prompt": "a fox", "seed": 7}
     with pytest.raises(httpx.ReadTimeout):
         client.http.post(
-            "/v1/images/generations", json=body, headers={"Idempotency-Key": KEY}, timeout=0.05
+            "/v1/images/generations",
+            json=body,
+            headers={"Idempotency-Key": KEY},
+            timeout=httpx.Timeout(60, read=0.5),
         )
     assert creates(client) == 1
     assert client.post(key=KEY).json()["error"]["code"] == "paid_outcome_unknown"
