@@ -15,7 +15,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page
 
-from tests.browser.pages import chromium
+from tests.browser.pages import PATIENCE_MS, chromium
 from tests.dagster_bench import end_group
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def open_page(height: int = 960) -> Iterator[Page]:
     quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
     with chromium(*quiet) as browser:
         page = browser.new_page(viewport={"width": 1440, "height": height})
-        page.set_default_timeout(45_000)
+        page.set_default_timeout(PATIENCE_MS)
         yield page
 
 

@@ -23,7 +23,7 @@ from tests.spend.simulated_tables import simulated_year
 
 DESK, PHONE = 1440, 390
 #: Playwright waits 5 seconds for what is expected: too short for a first page on a busy machine.
-_EXPECT_TIMEOUT_MS = 60_000
+PATIENCE_MS = 60_000
 Scheme = Literal["light", "dark"]
 
 LONG_PROMPT = " ".join(f"{PROMPTS[number % 4].lower()}," for number in range(8))
@@ -45,7 +45,7 @@ def chromium(*further: str) -> Iterator[Browser]:
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     if path is None:
         raise RuntimeError("this needs Chromium: apt-get install chromium")
-    expect.set_options(timeout=_EXPECT_TIMEOUT_MS)
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=path, args=["--no-sandbox", "--disable-gpu", "--no-first-run", *further]
