@@ -83,6 +83,7 @@ cluster-setup: setup
 	@test -e .venv/azurite/package.json || PATH="$(abspath $(BIN)):$$PATH" \
 		npm install --silent --no-audit --no-fund --prefix .venv/azurite azurite@3.37.0
 
+# In the files' order the longest, of one test, begins first; reordered by their tests it would be last.
 cluster-test: cluster-setup  ## Share work between hosts, on real stores, PostgreSQL and Celery (root)
 	@$(BIN)/pytest $(or $(ONLY),tests/cluster) -m cluster -n 3 --dist loadfile --no-loadscope-reorder
 

@@ -19,7 +19,7 @@ from tests.simulation.scenario import Kill, Run, Scenario, ScriptedFault, draw
 _ROOT = Path(__file__).parents[2]
 
 #: How many scenarios the suite plays; `make simulate` plays 10,000.
-_SCENARIOS = 160
+_SCENARIOS = 240
 
 
 def _simulation(*arguments: str) -> subprocess.CompletedProcess[str]:
